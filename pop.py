@@ -75,7 +75,6 @@ def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
 @dataclass
 class Config:
     """Every setting of a run; each field is a flag of the same name. `None` means: derived in `parse_args`."""
-
     # what to train on what
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all four roles")
     domain: str = flag("general", "which prompts and which default corpus", ("general", "health", "writing"))
@@ -183,7 +182,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         task="A friend has bought a plain cast-iron pan. Explain how to season it, why that helps, and how to clean it.",
         reference="Wipe the pan with a very thin coat of oil and bake it upside down in a hot oven for an hour. The hard "
                   "layer keeps the iron from rusting and food from sticking. Clean it with hot water and never soak it.",
-        rubric=[Criterion("seasoning", "A very thin coat of oil, baked upside down for an hour.", "Tells to oil thinly and to bake.", 3),
+        rubric=[Criterion("seasoning", "A very thin coat of oil, baked for an hour.", "Oil thinly, bake.", 3),
                 Criterion("reason", "The hard layer keeps iron from rusting and food from sticking.", "Names both.", 2),
                 Criterion("cleaning", "Hot water and a brush, never soak.", "Cleans without soaking.", 2)],
         answer="Rub a thin coat of oil all over the pan and bake it upside down in a hot oven for an hour. This protects "
@@ -199,9 +198,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         task="My nose has suddenly started to bleed. What should I do to stop it, and when do I need to see a doctor?",
         reference="Sit upright, lean slightly forward and pinch the soft part of your nose for ten minutes. See a doctor "
                   "if it bleeds for over thirty minutes, after a blow to the head, or if you take blood thinners.",
-        rubric=[Criterion("pressure", "Pinch the soft part of the nose for ten minutes without letting go.", "Where to pinch, how long.", 3),
-                Criterion("posture", "Sit upright and lean forward; never tilt the head back.", "Keeps blood out of the throat.", 2),
-                Criterion("warning signs", "Over thirty minutes, a blow to the head, or blood thinners.", "When a doctor is needed.", 3)],
+        rubric=[Criterion("pressure", "Pinch the soft part of the nose for ten minutes.", "Where, and how long.", 3),
+                Criterion("posture", "Sit upright and lean forward; never tilt the head back.", "Names the posture.", 2),
+                Criterion("warning signs", "Over thirty minutes, after a blow, or blood thinners.", "When to see a doctor.", 3)],
         answer="Pinch the soft part of your nose for ten minutes without letting go. Sit down and breathe through your "
                "mouth. It always stops by itself, so there is no need for a doctor.",
         verdict=[("Right place and right time.", 2), ("It says to sit, but not to lean forward.", 1),
@@ -216,9 +215,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         reference="Rain ran down the window of the clock shop when the stranger laid a silver watch on the counter and "
                   "left. Ida held it to the lamp. Its hands were crawling backwards. She looked up to call after him and "
                   "stopped: outside, above the harbour, the gulls had gone quiet.",
-        rubric=[Criterion("the watch", "A stranger leaves a silver watch that runs backwards.", "The watch and its strange movement.", 3),
-                Criterion("place", "A clock shop in a rainy harbour, in concrete details.", "The place can be seen and heard.", 2),
-                Criterion("the lost sound", "A familiar sound, such as the gulls, falls silent.", "A sound stops, someone notices.", 2)],
+        rubric=[Criterion("the watch", "A stranger leaves a watch that runs backwards.", "The strange watch is shown.", 3),
+                Criterion("place", "A clock shop in a rainy harbour, in concrete details.", "The place is concrete.", 2),
+                Criterion("the lost sound", "A familiar sound, such as the gulls, falls silent.", "A sound is missed.", 2)],
         answer="A man gave Ida a silver watch and left. She saw that its hands were turning backwards, one hour and then "
                "another. It was raining. She wondered what it was worth and went to bed.",
         verdict=[("The stranger's watch runs backwards, as the gold asks.", 2), ("Only rain, no harbour town.", 1),
@@ -495,7 +494,6 @@ PLAIN_TEMPLATE = ("{% for m in messages %}### {{ m['role'] | capitalize }}:\n{{ 
 @dataclass
 class Completion:
     """One sampled text. `score`, `ratings` and `advantage` are filled in for answers only."""
-
     token_ids: list[int]             # EOS included
     engine_logprobs: list[float]     # of token_ids, at the sampling temperature; empty where not asked for
     text: str
@@ -599,8 +597,9 @@ class Engine:
             use_tqdm=(lambda *a, **k: tqdm(*a, **k | dict(desc=phase, leave=False))) if sys.stderr.isatty() else False)
         for i, reply in zip(fits, replies):
             out = reply.outputs[0]
-            wanted = params[i].get("logprob_token_ids")
-            logprobs = [out.logprobs[0][t] for t in wanted] if wanted else [d[t] for d, t in zip(out.logprobs or [], out.token_ids)]
+            sampled = list(zip(out.logprobs or [], out.token_ids))
+            wanted = [(out.logprobs[0], t) for t in params[i].get("logprob_token_ids", [])]
+            logprobs = [by_token[t] for by_token, t in wanted or sampled]
             completions[i] = Completion(list(out.token_ids), [x.logprob for x in logprobs], out.text, out.finish_reason)
         return completions
 
@@ -656,7 +655,6 @@ RETRIES = 2    # more calls for rows whose reply could not be used; then the doc
 @dataclass
 class Group:
     """One document and all that was made of it."""
-
     document: str
     task: str = ""
     reference: str = ""
@@ -715,8 +713,8 @@ def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, 
 def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
     """Rubric writer: fills in group.rubric from document, task and reference, or group.drop_reason."""
     groups = [g for g in groups if g.drop_reason is None]
-    rubrics = ask(engine, "rubric", [chat("rubric", cfg, document=g.document, task=g.task, reference=g.reference) for g in groups],
-                  [RUBRIC_SCHEMA] * len(groups), [800] * len(groups), lambda i, text: parse_rubric(text), step, cfg, counts)
+    prompts = [chat("rubric", cfg, document=g.document, task=g.task, reference=g.reference) for g in groups]
+    rubrics = ask(engine, "rubric", prompts, [RUBRIC_SCHEMA] * len(groups), [800] * len(groups), lambda i, text: parse_rubric(text), step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
             group.drop_reason = f"rubric_{result.reason}"
@@ -1103,8 +1101,9 @@ def main(cfg: Config) -> None:
 
     for step in range(first_step, cfg.num_steps):
         start, counts = time.perf_counter(), Counter({f"parse_fail/{r}": 0 for r in ("proposer", "rubric", "solver", "judge")})
-        metrics: dict[str, Any] = dict(step=step, learning_rate=cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps)))
-        optimizer.param_groups[0]["lr"] = metrics["learning_rate"]
+        lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+        metrics: dict[str, Any] = dict(step=step, learning_rate=lr)
+        optimizer.param_groups[0]["lr"] = lr
         version = step - step % cfg.sync_every if cfg.sync_every else 0    # of the policy that the engine samples from
         documents = corpus_batch(corpus, step, cfg)
 
@@ -1133,8 +1132,9 @@ def main(cfg: Config) -> None:
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
 
         tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if not engine.on_gpu else torch.cuda.max_memory_allocated()
-        metrics.update(tokens_per_second=tokens / (time.perf_counter() - start), peak_memory_gb=peak / 2**30)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
+        metrics.update(tokens_per_second=tokens / (time.perf_counter() - start),
+                       peak_memory_gb=(torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30)
         log_step(run_dir, metrics, groups, cfg)
         if cfg.tracker != "none":
             tracker.log(metrics, step=step)
