@@ -50,7 +50,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module, metadata, util
@@ -92,8 +92,8 @@ class Config:
     # sampling and judging
     temperature: float = flag(1.0, "solver; training log-probs use the same one (paper: 1.0)")
     task_temperature: float = flag(1.0, "proposer and rubric; small models need less")
-    scoring: str = flag("pointwise", "pointwise: a thought, then 0/1/2 as JSON (the paper's); expected: mean rating under one "
-                        "token's probabilities, never ties, for judges too small to reason", ("pointwise", "expected"))
+    scoring: str = flag("pointwise", "pointwise: a thought, then 0/1/2 as JSON (the paper's); expected: 2 p(Yes) of one token, "
+                        "never ties, for judges too small to reason", ("pointwise", "expected"))
     judge_weights: str = flag("base", "proposer, rubric, judge: base cannot drift, policy is self-play", ("base", "policy"))
     # update
     lora_rank: int = flag(32, "rank of the adapters on all linear layers; 0 trains the full weights (paper: full)")
@@ -235,10 +235,11 @@ PROMPTS = {
     "judge": ("You grade an answer by a rubric, strictly.",
               "For every criterion, compare the answer with the gold in a short thought, then rate: 2 if it fully agrees "
               "with the gold, 1 if partly, 0 if the point is missing or wrong."),
-    "expected": ("You grade one point of an answer, strictly, with one digit.",
-                 "Does the answer say what the gold says? 2: fully, 1: partly, 0: missing or wrong. Reply with the digit."),
+    # own reference above another task's, 30 health tasks, 0.5B judge: 27 so, 20 with two worked examples, 15 with the task
+    # shown as well, 15 with digits 0-2 in place of the words (chance: 15)
+    "expected": ("You check answers.", "Does the answer contain the information in the statement? Reply Yes or No."),
 }
-TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|answer|gold|think)\b)", re.IGNORECASE)
+TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|answer|statement|think)\b)", re.IGNORECASE)
 Messages = list[dict[str, str]]
 
 
@@ -266,8 +267,7 @@ def worked_examples(role: str, cfg: Config) -> list[tuple[dict[str, Any], str]]:
         return [(r, fence("answer", ". ".join(r["reference"].split(". ")[:sentences]).rstrip(".") + ".")) for r in records]
     if role == "judge":
         return [(own, compact({c.name: dict(thoughts=t, rating=v) for c, (t, v) in zip(rubric, own["verdict"])}))]
-    # expected: one criterion a call, a 2 and a 0
-    return [(own | dict(gold=c.gold), str(v)) for c, (_, v) in zip(rubric, own["verdict"]) if v != 1]
+    return []    # expected
 
 
 def chat(role: str, cfg: Config, **texts: Any) -> Messages:
@@ -361,11 +361,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
 
 # ---- 5. rubrics and scores ----
 class ParseError(ValueError):
-    """A reply that cannot be used. `reason` is a short slug that metrics.jsonl counts."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A reply that cannot be used; the message is a short slug that metrics.jsonl counts."""
 
 
 def text_schema(max_chars: int) -> dict[str, Any]:
@@ -426,17 +422,28 @@ def parse_number(row: Any, key: str) -> float:
     return float(value)
 
 
-def parse_task(text: str) -> tuple[str, str]:
-    """Proposer's reply {"task", "reference"} -> (task, reference answer).
+def overlap(text: str, other: str, n: int = 4) -> float:
+    """Share of the runs of n words in text that other has, too, in [0, 1]. A text of fewer words is one run."""
+    runs: list[set[tuple[str, ...]]] = []
+    for words in (re.findall(r"\w+", t.lower()) for t in (text, other)):
+        runs.append({tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))})
+    return len(runs[0] & runs[1]) / len(runs[0])
 
-    Raises ParseError: not such an object, a task that points at a document its reader cannot see, a copied example.
-    """
+
+def check_text(text: str, examples: Iterable[str]) -> None:
+    """Raises ParseError: the text names a document its reader cannot see, or copies a worked example (small models do)."""
+    if re.search(r"\b(the|this|given|above)\s+(document|text|passage|article|excerpt)\b", text, re.IGNORECASE):
+        raise ParseError("needs_document")
+    if any(overlap(text, example) > 0.6 for example in examples):
+        raise ParseError("copied_example")
+
+
+def parse_task(text: str) -> tuple[str, str]:
+    """Proposer's reply {"task", "reference"} -> (task, reference answer). Raises ParseError: not that, or see check_text."""
     row = parse_json(text)
     task, reference = parse_field(row, "task"), parse_field(row, "reference")
-    if re.search(r"\b(the|this|given|above)\s+(document|text|passage|article|excerpt)\b", task, re.IGNORECASE):
-        raise ParseError("needs_document")
-    if task in (example["task"] for example in EXAMPLES.values()):    # small models fall back on it
-        raise ParseError("copied_example")
+    check_text(task, (example["task"] for example in EXAMPLES.values()))
+    check_text(reference, (example["reference"] for example in EXAMPLES.values()))
     return task, reference
 
 
@@ -444,7 +451,7 @@ def parse_rubric(text: str) -> list[Criterion]:
     """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
 
     A criterion that repeats the name or the gold of an earlier one is left out: it would count the same point twice.
-    Raises ParseError: not such an object, or a weight that is not a finite number above 0.
+    Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text.
     """
     rows = parse_json(text).get("criteria")
     if not isinstance(rows, list) or not 1 <= len(rows) <= 5:
@@ -454,6 +461,7 @@ def parse_rubric(text: str) -> list[Criterion]:
         criterion = Criterion(*(parse_field(row, key) for key in ("name", "gold", "description")), parse_number(row, "weight"))
         if criterion.weight <= 0:
             raise ParseError("bad_weight")
+        check_text(criterion.gold, (c.gold for example in EXAMPLES.values() for c in example["rubric"]))
         if not any(criterion.name == c.name or criterion.gold == c.gold for c in rubric):
             rubric.append(criterion)
     return rubric
@@ -462,8 +470,7 @@ def parse_rubric(text: str) -> list[Criterion]:
 def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     """Judge's reply {criterion name: {"thoughts", "rating"}} -> ratings (K,) in {0, 1, 2} in the order of the rubric.
 
-    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2. A failed judge is not a bad answer:
-    the caller leaves that answer out, it never scores 0.
+    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2.
     """
     verdict = parse_json(text)
     if verdict.keys() != {c.name for c in rubric}:
@@ -666,9 +673,6 @@ class Group:
     drop_reason: str | None = None                         # why the group does not train
 
 
-Row = tuple[Group, Completion, str]    # an answer to judge: its group, its completion, the text between the tags
-
-
 def request_seed(cfg: Config, role: str, *indices: int) -> int:
     """Sampling seed of one request: depends on (seed, role, step, row, ...) alone, not on what else is in the batch."""
     return random.Random(f"{cfg.seed} {role} {indices}").getrandbits(31)
@@ -706,7 +710,7 @@ def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, 
                 [limit // 2 + 100] * len(groups), lambda i, text: parse_task(text), step, cfg, counts)
     for group, result in zip(groups, tasks):
         if isinstance(result, ParseError):
-            group.drop_reason = f"proposer_{result.reason}"
+            group.drop_reason = f"proposer_{result}"
         else:
             group.task, group.reference = result
     return groups
@@ -720,7 +724,7 @@ def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, c
                   lambda i, text: parse_rubric(text), step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
-            group.drop_reason = f"rubric_{result.reason}"
+            group.drop_reason = f"rubric_{result}"
         else:
             group.rubric = result
 
@@ -744,12 +748,10 @@ def sample_answers(engine: Engine, groups: list[Group], step: int, cfg: Config) 
 
 def score_answers(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
     """Judge: ratings and score of every answer. One that is cut off or does not close its tag gets the floor score 0."""
-    rows: list[Row] = []
+    rows: list[tuple[Group, Completion, str]] = []    # answers to judge; the text is what stands between the tags
     for group, completion in [(g, c) for g in groups if g.drop_reason is None for c in g.completions]:
-        try:
-            if completion.finish_reason != "stop":
-                raise ParseError("truncated")
-            rows.append((group, completion, parse_answer(completion.text)))
+        try:    # a text that was cut off counts as unclosed, whatever stands in it
+            rows.append((group, completion, parse_answer(completion.text if completion.finish_reason == "stop" else "")))
         except ParseError:
             completion.score = 0.0
             counts["parse_fail/solver"] += 1
@@ -766,19 +768,20 @@ def score_answers(engine: Engine, groups: list[Group], step: int, cfg: Config, c
             completion.score = rubric_score(ratings, [c.weight for c in group.rubric])
 
 
-def rate_expected(engine: Engine, rows: list[Row], cfg: Config, counts: Counter[str]) -> list[list[float] | ParseError]:
-    """Ratings (K,) of each answer: mean of 0, 1, 2 under the judge's next-token probabilities, one prompt a criterion.
-    ParseError where the judge gives the digits less than 10% of its probability on any criterion."""
-    digits = [engine.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "012"]
-    prompts = [engine.encode(chat("expected", cfg, task=g.task, answer=answer, gold=criterion.gold))
+def rate_expected(engine: Engine, rows: list[tuple[Group, Completion, str]], cfg: Config,
+                  counts: Counter[str]) -> list[list[float] | ParseError]:
+    """Ratings (K,) of each answer: is the gold in it? 2 p(Yes) / (p(Yes) + p(No)) as next token, one prompt a criterion.
+    ParseError where the judge gives the two words less than 10% of its probability on any criterion."""
+    words = [engine.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("No", "Yes")]
+    prompts = [engine.encode(chat("expected", cfg, answer=answer, statement=criterion.gold))
                for g, _, answer in rows for criterion in g.rubric]
-    params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=digits)] * len(prompts)
+    params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=words)] * len(prompts)
     replies = iter(engine.generate(prompts, params, "judge"))
     ratings: list[list[float] | ParseError] = []
     for group, _, _ in rows:
-        probs = [np.exp(next(replies).engine_logprobs) for _ in group.rubric]    # (K, 3); empty if a prompt did not fit
+        probs = [np.exp(next(replies).engine_logprobs) for _ in group.rubric]    # (K, 2); empty if a prompt did not fit
         usable = all(p.sum() >= 0.1 for p in probs)
-        ratings.append([min(2.0, float(p @ [0, 1, 2] / p.sum())) for p in probs] if usable else ParseError("no_digit"))
+        ratings.append([2 * float(p[1] / p.sum()) for p in probs] if usable else ParseError("no_yes_or_no"))
         counts["parse_fail/judge"] += not usable
     return ratings
 
@@ -788,11 +791,11 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an unscored answer: left out of the baseline, advantage 0.
 
     mean: r - mean(r). rloo: r - mean of the others, which is mean * n / (n - 1). grpo: mean / std of the group, which blows
-    up near-ties, so it is an option only. All 0 with fewer than two scored answers or without spread.
+    up near-ties, so it is an option only. All 0 with fewer than two scored answers or less than 1e-6 between them.
     """
     advantages, scored = torch.zeros_like(scores), ~scores.isnan()
     r = scores[scored]
-    if len(r) > 1 and r.max() > r.min():
+    if len(r) > 1 and r.max() - r.min() > 1e-6:
         factor = {"mean": 1.0, "rloo": len(r) / (len(r) - 1), "grpo": 1 / (r.std() + 1e-4)}[kind]
         advantages[scored] = (r - r.mean()) * factor
     return advantages
@@ -802,11 +805,10 @@ def set_advantages(groups: list[Group], cfg: Config) -> None:
     """Fill in completion.advantage; drop groups that teach nothing: fewer than two scored answers, or all scores equal."""
     for group in [g for g in groups if g.drop_reason is None]:
         scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
-        known = scores[~scores.isnan()]
-        if len(known) < 2 or known.max() - known.min() < 1e-6:
-            group.drop_reason = "judge" if len(known) < 2 else "zero_spread"
-            continue
-        for completion, advantage in zip(group.completions, group_advantages(scores, cfg.advantage).tolist()):
+        advantages = group_advantages(scores, cfg.advantage)
+        if not advantages.any():
+            group.drop_reason = "judge" if (~scores.isnan()).sum() < 2 else "zero_spread"
+        for completion, advantage in zip(group.completions, advantages.tolist()):
             completion.advantage = advantage
 
 
@@ -1015,7 +1017,8 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
     kept = [g for g in groups if g.drop_reason is None]
     answers = [c for g in groups for c in g.completions]
     scored = [c for c in answers if c.score is not None]
-    out: dict[str, float] = dict(groups_kept=len(kept))
+    advantages = [c.advantage for g in kept for c in g.completions] or [0.0]
+    out: dict[str, float] = dict(groups_kept=len(kept), advantage_min=min(advantages), advantage_max=max(advantages))
     out.update(Counter(f"drop/{g.drop_reason}" for g in groups if g.drop_reason))
     if scored:
         scores, lengths = np.array([c.score for c in scored]), np.array([len(c.token_ids) for c in scored])
@@ -1023,9 +1026,6 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
                    truncated=float(np.mean([c.finish_reason == "length" for c in answers])))
         if scores.std() > 0 and lengths.std() > 0:
             out["score_length_corr"] = float(np.corrcoef(scores, lengths)[0, 1])
-    if kept:
-        advantages = [c.advantage for g in kept for c in g.completions]
-        out.update(advantage_min=min(advantages), advantage_max=max(advantages))
     return out
 
 
