@@ -829,8 +829,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft
 
     def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out), adapters computed in x's dtype
-        delta = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scale * delta
+        low_rank = self.scale * F.linear(x, self.lora_A.to(x.dtype))    # (..., r): scaled here, where it is small
+        return F.linear(x, self.weight, self.bias) + F.linear(low_rank, self.lora_B.to(x.dtype))
 
     def merged_weight(self) -> Tensor:    # (out, in)
         return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
@@ -883,7 +883,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        return -F.cross_entropy(logits, targets, reduction="none")
 
     chunks = zip(states.split(chunk_size), targets.split(chunk_size))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
