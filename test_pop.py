@@ -15,12 +15,16 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-ENVIRONMENT = dict(os.environ)    # for the tests with the real engine
+ENVIRONMENT = dict(os.environ)    # for processes of their own
+OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
+if OPENMP.exists():
+    ENVIRONMENT["LD_PRELOAD"] = str(OPENMP)    # as pop.py does
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 
 import pytest
@@ -954,3 +958,241 @@ def test_learns_from_a_reward_that_code_can_check(needs_vllm):
     up, down = ([float(r) for r in line.split()] for line in run_python("-c", LEARN, "3").splitlines()[-2:])
     assert up[0] == pytest.approx(down[0], abs=0.02)    # the same start
     assert sum(up[-2:]) / 2 > up[0] + 0.15 and sum(down[-2:]) / 2 < down[0] - 0.15, (up, down)
+
+
+# ---- benchmarks: python -m pytest test_pop.py -m bench -s (first: pip install --no-deps trl==1.16.0) ----
+with warnings.catch_warnings():    # there is no ini file to announce the marker in
+    warnings.simplefilter("ignore")
+    bench_only = pytest.mark.bench
+
+
+@pytest.fixture
+def bench(request):
+    if request.config.getoption("-m") != "bench":
+        pytest.skip("a benchmark: run it with -m bench -s")
+
+
+METER = """
+import ctypes, gc, json, statistics, sys, time
+import torch
+from pathlib import Path
+
+def kib(key):    # VmRSS or, since the last reset, VmHWM
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+def loaded(model):
+    for p in model.parameters():    # touch every page of a mapped file
+        p.detach().flatten()[::256].sum().item()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return kib("VmRSS")
+
+def same_adapters(model):    # A starts random: the same in both trainers, else the gradients of B differ
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name and kl_coef:    # at B = 0 the KL is 0
+            torch.nn.init.normal_(p.data, std=0.05)
+
+def report(seconds, peaks, start, **rest):    # the first step warms up
+    tokens = sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows)
+    print(json.dumps(dict(rate=tokens / statistics.median(seconds[1:]), peak=(max(peaks) - start) / 2 ** 20, **rest)))
+
+model_folder, batch, kl_coef, rank, size, checkpointing = *sys.argv[1:3], float(sys.argv[3]), *map(int, sys.argv[4:])
+rows = [json.loads(line) for line in open(batch)]
+longest = max(len(r["completion_ids"]) for r in rows)
+"""
+
+OWN_STEP = METER + """
+import pop
+generations = len(rows) // len({r["group"] for r in rows})
+cfg = pop.parse_args(["--preset", "tiny", "--lora_rank", str(rank), "--micro_batch_tokens", str(size), "--temperature", "1",
+                      "--docs_per_step", str(len(rows) // generations), "--num_generations", str(generations),
+                      "--max_new_tokens", str(longest), "--max_model_len", str(4 * longest), "--learning_rate", "1e-6",
+                      "--judge_weights", "policy", "--kl_coef", str(kl_coef)])
+cfg.model = model_folder
+groups = {r["group"]: pop.Group("", prompt_ids=r["prompt_ids"]) for r in rows}
+for r in rows:
+    groups[r["group"]].completions.append(
+        pop.Completion(r["completion_ids"], [0.0] * len(r["completion_ids"]), "", "stop", score=0.0, advantage=r["advantage"]))
+groups, model, surrogate, inner = list(groups.values()), pop.load_policy(cfg), [], pop.policy_gradient_loss
+
+def spy(logprobs, engine_logprobs, advantages, mask, normalizer, cap):    # on policy: ratio 1, as TRL takes it to be
+    surrogate.append(-(advantages[:, None] * mask).sum().item() / normalizer)    # TRL prints it without the factor logprob
+    return inner(logprobs, logprobs.detach(), advantages, mask, normalizer, cap)
+
+pop.policy_gradient_loss, inner_kl = spy, pop.kl_loss
+pop.kl_loss = lambda logprobs, base, engine, *rest: inner_kl(logprobs, base, logprobs.detach(), *rest)
+same_adapters(model)
+start, seconds, peaks, metrics = loaded(model), [], [], []
+optimizer = pop.make_optimizer(model, cfg)
+for _ in range(2):
+    reset_peak()
+    clock = time.perf_counter()
+    metrics.append(pop.update_policy(model, optimizer, groups, cfg))
+    seconds.append(time.perf_counter() - clock)
+    peaks.append(kib("VmHWM"))
+batches = list(pop.micro_batches([(g, c) for g in groups for c in g.completions], size))
+shapes = [[len(g.prompt_ids) + len(c.token_ids) for g, c in b] for b in batches]
+padding = 1 - sum(map(sum, shapes)) / sum(len(s) * max(s) for s in shapes)
+normalizer, tokens, memory = len(rows) * longest, sum(len(r["completion_ids"]) for r in rows), pop.memory_gb(model, cfg)
+loss = sum(surrogate[:len(shapes)]) + kl_coef * metrics[0].get("kl_base", 0.0) * tokens / normalizer
+report(seconds, peaks, start, loss=loss, grad_norm=metrics[0]["grad_norm"], padding=padding,
+       computed=memory["device"] - memory["weights"])
+"""
+
+TRL_STEP = METER + """
+import os, tempfile, transformers
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
+
+class Fixed(GRPOTrainer):    # TRL's own step on given answers, each once and in order
+    def _get_train_sampler(self, dataset=None):
+        return [i for _ in range(8 * len(rows)) for i in range(len(rows))]
+
+    def _generate_and_score_completions(self, inputs):
+        picked, out = [rows[x["row"]] for x in inputs], {}
+        for name, side in (("prompt", "left"), ("completion", "right")):
+            ids = [torch.tensor(r[f"{name}_ids"]) for r in picked]
+            out[f"{name}_ids"] = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side=side)
+            out[f"{name}_mask"] = pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side=side)
+        width = out["prompt_ids"].shape[1] + out["completion_ids"].shape[1]
+        padding.append(1 - sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in picked) / (len(picked) * width))
+        if kl_coef:
+            ids, mask = (torch.cat([out[f"prompt_{x}"], out[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+            with torch.no_grad(), self.model.disable_adapter():
+                out["ref_per_token_logps"] = self._get_per_token_logps_and_entropies(
+                    self.model, ids, mask, out["completion_ids"].shape[1])[0]
+        return out | dict(advantages=torch.tensor([r["advantage"] for r in picked]),
+                          num_items_in_batch=out["completion_mask"].sum())
+
+class Clock(transformers.TrainerCallback):
+    def on_step_begin(self, args, state, control, **kw):
+        reset_peak()
+        self.clock = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kw):
+        seconds.append(time.perf_counter() - self.clock)
+        peaks.append(kib("VmHWM"))
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        printed.append(logs)
+
+seconds, peaks, printed, padding = [], [], [], []
+lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+config = GRPOConfig(
+    output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=size,
+    gradient_accumulation_steps=len(rows) // size, num_generations=len(rows) // len({r["group"] for r in rows}),
+    max_completion_length=longest, loss_type="dr_grpo", beta=kl_coef, temperature=1.0, scale_rewards="none", learning_rate=1e-6,
+    lr_scheduler_type="constant", gradient_checkpointing=bool(checkpointing),
+    gradient_checkpointing_kwargs=dict(use_reentrant=False), logging_steps=1, report_to="none", save_strategy="no",
+    disable_tqdm=True, dataloader_pin_memory=False, model_init_kwargs=dict(dtype="float32"))
+trainer = Fixed(model=model_folder, reward_funcs=lambda completions, **kw: [0.0] * len(completions), args=config,
+                train_dataset=Dataset.from_list([dict(prompt="-", row=i) for i in range(len(rows))]), peft_config=lora,
+                callbacks=[Clock()])
+trainer.remove_callback(transformers.PrinterCallback)
+same_adapters(trainer.model)
+start = loaded(trainer.model)
+trainer.train()
+report(seconds, peaks, start, loss=printed[0]["loss"], grad_norm=printed[0]["grad_norm"], padding=padding[0])
+"""
+
+BATCHES = """
+import json, random, sys, pop
+cfg = pop.parse_args(["--preset", "tiny", "--temperature", "1", "--num_generations", "8", "--max_new_tokens", "256"])
+cfg.model = pop.resolve_model(cfg.model)
+engine = pop.Engine(cfg)
+print(cfg.model)
+for name, docs, least, most in (("mixed", 4, 1, 256), ("long", 1, 900, 984)):
+    with open(f"{sys.argv[1]}/{name}.jsonl", "w") as file:
+        for group, document in enumerate(pop.corpus_batch(pop.load_corpus(cfg), 0, cfg)[:docs]):
+            question = "Explain this to a friend: " + document.split(".")[0]
+            prompt = engine.encode([dict(role="user", content=question)])
+            params = [dict(temperature=1.0, max_tokens=most, min_tokens=least, seed=i) for i in range(8)]
+            for i, c in enumerate(engine.generate([prompt] * 8, params, "answer")[:8 if docs > 1 else 4]):
+                file.write(json.dumps(dict(group=group, prompt_ids=prompt, completion_ids=c.token_ids,
+                                           advantage=i % 4 - 1.5)) + "\\n")
+"""
+
+
+def steps(code, model, batch, kl_coef, rank, size, checkpointing=0):
+    """What OWN_STEP or TRL_STEP reports about two updates on a file of answers."""
+    return json.loads(run_python("-c", code, model, batch, *map(str, (kl_coef, rank, size, checkpointing))).splitlines()[-1])
+
+
+@bench_only
+@pytest.mark.parametrize("kl_coef, rank", [(0.0, 0), (0.0, 4), (0.1, 4)])
+def test_same_numbers_as_trl(kl_coef, rank, bench, tiny_policy, tmp_path):
+    # another loss or gradient than TRL's for the same answers, full or LoRA, with and without the KL term
+    pytest.importorskip("trl")
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for i, group in enumerate(training_groups()):
+            for c in group.completions:
+                file.write(json.dumps(dict(group=i, prompt_ids=group.prompt_ids, completion_ids=c.token_ids,
+                                           advantage=c.advantage)) + "\n")
+    own, trl = (steps(code, tiny_policy, tmp_path / "rows.jsonl", kl_coef, rank, 2, 1) for code in (OWN_STEP, TRL_STEP))
+    print(f"\nloss {own['loss']:.8f} / {trl['loss']:.8f}, gradient norm {own['grad_norm']:.8f} / {trl['grad_norm']:.8f}")
+    assert own["loss"] == pytest.approx(trl["loss"], rel=1e-5)
+    assert own["grad_norm"] == pytest.approx(trl["grad_norm"], rel=1e-5)
+
+
+@bench_only
+def test_update_against_trl(bench, needs_vllm, tmp_path):
+    # another gradient than TRL's on real answers, or slower, or more memory; prints the rows of README's table
+    pytest.importorskip("trl")
+    model = run_python("-c", BATCHES, tmp_path).splitlines()[-1]
+    folder = Path(os.environ.get("POP_BENCH", tmp_path))    # holds mixed.jsonl and long.jsonl
+    print()
+    for batch, budget in (("mixed", 512), ("long", 1024)):
+        for rank in (32, 0):
+            settings = dict(own=(OWN_STEP, budget), trl=(TRL_STEP, 2, 1), fast=(TRL_STEP, 2 if batch == "mixed" else 1, 0))
+            runs = {name: [] for name in settings}
+            for name, (code, *sizes) in list(settings.items()) * 2:    # in turn: the machine's speed drifts
+                runs[name].append(steps(code, model, folder / f"{batch}.jsonl", 0.0, rank, *sizes))
+            for name, setting in (("trl", "checkpointing"), ("fast", "no checkpointing")):
+                ratios = [f"{own['rate'] / other['rate']:.2f}x" for own, other in zip(runs["own"], runs[name])]
+                own, other = runs["own"][0], runs[name][0]
+                print(f"| {batch} | {f'LoRA {rank}' if rank else 'full'} | {setting} | {own['rate']:.0f} / {other['rate']:.0f} "
+                      f"| {', '.join(ratios)} | {own['peak']:.2f} / {other['peak']:.2f} | {own['peak'] / other['peak']:.2f}x "
+                      f"| {own['computed']:.2f} | {own['padding']:.1%} / {other['padding']:.1%} | {own['loss']:.6f} / "
+                      f"{other['loss']:.6f} | {own['grad_norm']:.5f} / {other['grad_norm']:.5f} |", flush=True)
+                assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
+                assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+LOGPROBS = METER.split("model_folder")[0] + """
+import pop
+from transformers import Qwen2Config, Qwen2ForCausalLM
+torch.manual_seed(0)
+model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=896, num_hidden_layers=1,
+                                     num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=False))
+model.lm_head.requires_grad_(False)
+ids, start, seconds = torch.randint(0, 151936, (1, 4096)), loaded(model), []
+for _ in range(3):
+    reset_peak()
+    clock = time.perf_counter()
+    if sys.argv[1] == "own":
+        logprobs = pop.token_logprobs(model, ids, torch.ones_like(ids), torch.ones_like(ids))
+    else:
+        logits = model(input_ids=ids).logits.float()
+        logprobs = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
+        del logits
+    logprobs.mean().backward()
+    seconds.append(time.perf_counter() - clock)
+norm = torch.cat([p.grad.flatten() for p in pop.trainable(model)]).norm().item()
+print(json.dumps(dict(seconds=min(seconds), peak=(kib("VmHWM") - start) / 2 ** 20, mean=logprobs.sum().item() / 4095, norm=norm)))
+"""
+
+
+@bench_only
+def test_logprobs_against_log_softmax(bench):
+    # 4,096 positions and a vocabulary of 152k, forward and backward: as right as the plain formula, a tenth of its memory
+    own, naive = (json.loads(run_python("-c", LOGPROBS, name).splitlines()[-1]) for name in ("own", "naive"))
+    print(f"\n| log-probs, 4,096 x 152k | {own['seconds']:.1f} s / {naive['seconds']:.1f} s | {own['peak']:.2f} GB / "
+          f"{naive['peak']:.2f} GB |")
+    assert own["mean"] == pytest.approx(naive["mean"], rel=1e-5) and own["peak"] < naive["peak"] / 4
