@@ -153,8 +153,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     cfg.lora_alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
     minimum = dict(seed=0, learning_rate=0, lora_rank=0, lora_alpha=0, num_steps=1, docs_per_step=1,
                    num_generations=2, min_doc_words=1, max_doc_words=cfg.min_doc_words, max_new_tokens=1, micro_batch_tokens=1,
-                   minibatches=1, kl_coef=0, save_every=1, sync_every=0, warmup_steps=0, task_temperature=0, temperature=0.01, ratio_cap=0.01,
-                   max_model_len=4 * cfg.max_new_tokens)
+                   minibatches=1, kl_coef=0, save_every=1, sync_every=0, warmup_steps=0, task_temperature=0, temperature=0.01,
+                   ratio_cap=0.01, max_model_len=4 * cfg.max_new_tokens)
     for name, least in minimum.items():
         if not least <= getattr(cfg, name) < math.inf:    # NaN fails too
             fail(f"--{name} {getattr(cfg, name)}: must be a number of at least {least}")
@@ -964,24 +964,32 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def add_main_grad(p: nn.Parameter) -> None:
+    """p.main_grad += p.grad in fp32, and p.grad is gone. Called for each parameter as soon as backward has its gradient, so
+    the model never holds them twice, and micro-batches add up exactly in bf16, too."""
+    grad, p.grad = p.grad.float(), None
+    p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
+
+
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over fp32 master weights: the parameters themselves where they are fp32, copies of bf16 ones (a step of 1e-6 is
-    lost in bf16's rounding). --offload_optimizer keeps masters, gradients and moments in host memory.
-
-    Each gradient moves to its master during the backward pass, as soon as it is there, and adds up in fp32: the model
-    never holds its gradients all at once. So a model has one optimizer at a time.
-    """
-    parameters = trainable(model)
+    lost in bf16's rounding). --offload_optimizer keeps masters and moments in host memory; gradients go there once a step."""
+    for p in trainable(model):
+        if not hasattr(p, "main_grad"):    # it has one from an optimizer before this one
+            p.register_post_accumulate_grad_hook(add_main_grad)
+        p.main_grad = None
     masters = [nn.Parameter(p.detach().to("cpu" if cfg.offload_optimizer else p.device, torch.float32))
-               for p in parameters]    # shares memory with a p that is fp32 there already
-
-    def move_gradient(p: nn.Parameter, master: nn.Parameter) -> None:
-        grad, p.grad = p.grad.to(master.device, torch.float32), None
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-
-    for p, master in zip(parameters, masters):
-        p.register_post_accumulate_grad_hook(partial(move_gradient, master=master))
+               for p in trainable(model)]    # shares memory with a p that is fp32 there already
     return torch.optim.AdamW(masters, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base model: LoRA matrices are 0, full weights come from the host copy."""
+    policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict(getattr(model, "base_state", {name: torch.zeros_like(p) for name, p in policy.items()}), strict=False)
+    yield
+    model.load_state_dict(policy, strict=False)
 
 
 def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
@@ -996,7 +1004,8 @@ def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
     width = {"bfloat16": 2, "float32": 4}[cfg.dtype]
     parts = dict(
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        optimizer=sum(p.numel() * (12 if p.dtype == torch.float32 else 16) for p in trained),    # gradient, 2 moments, master
+        gradients=4 * sum(p.numel() for p in trained),
+        optimizer=sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # 2 moments, a master of bf16
         activations=1.2 * width * cfg.micro_batch_tokens * sum(m.in_features + m.out_features for m in layers),
         logits=3 * 4 * 256 * model.get_output_embeddings().out_features + 2 * width * largest,    # one chunk, one gradient
         base=keeps_base(cfg) * width * sum(p.numel() for p in trained))
@@ -1005,20 +1014,16 @@ def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
     return {key: size / 2**30 for key, size in parts.items()}
 
 
-@contextmanager
-def base_weights(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: LoRA matrices are 0, full weights come from the host copy."""
-    policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    model.load_state_dict(getattr(model, "base_state", {name: torch.zeros_like(p) for name, p in policy.items()}), strict=False)
-    yield
-    model.load_state_dict(policy, strict=False)
+def row_length(row: tuple[Group, Completion]) -> int:
+    return len(row[0].prompt_ids) + len(row[1].token_ids)
 
 
 def micro_batches(rows: list[tuple[Group, Completion]], max_tokens: int) -> Iterator[list[tuple[Group, Completion]]]:
-    """Rows sorted by length and packed: a batch padded to its longest row has at most max_tokens (or is one row)."""
+    """Rows sorted by length, longest first (what needs most memory fails at once), and packed: a batch padded to its longest
+    row has at most max_tokens, or is one row."""
     batch: list[tuple[Group, Completion]] = []
-    for row in sorted(rows, key=lambda row: len(row[0].prompt_ids) + len(row[1].token_ids)):
-        if batch and (len(row[0].prompt_ids) + len(row[1].token_ids)) * (len(batch) + 1) > max_tokens:
+    for row in sorted(rows, key=row_length, reverse=True):
+        if batch and row_length(batch[0]) * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
         batch.append(row)
@@ -1028,7 +1033,7 @@ def micro_batches(rows: list[tuple[Group, Completion]], max_tokens: int) -> Iter
 def collate(batch: list[tuple[Group, Completion]], device: torch.device) -> dict[str, Tensor]:
     """Right-padded tensors (B, T) of prompt + answer. Padding is masked by length, never by token value: where pad is eos,
     the EOS of an answer must still be trained."""
-    shape = (len(batch), max(len(g.prompt_ids) + len(c.token_ids) for g, c in batch))
+    shape = (len(batch), max(map(row_length, batch)))
     out = dict(input_ids=torch.zeros(shape, dtype=torch.long), attention_mask=torch.zeros(shape, dtype=torch.long),
                target_mask=torch.zeros(shape, dtype=torch.bool), engine_logprobs=torch.zeros(shape))
     for b, (group, completion) in enumerate(batch):
@@ -1077,8 +1082,11 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
             if cfg.kl_coef:
                 kl, kl_stats = kl_loss(logprobs, b["base_logprobs"], b["engine_logprobs"], normalizer, cfg.ratio_cap)
                 loss, stats = loss + cfg.kl_coef * kl, stats | kl_stats
-            loss.backward()    # gradients add up in the masters, see make_optimizer
+            loss.backward()    # adds to the parameters' main_grad
             sums.update(loss=loss.item(), **stats)
+        for p, master in zip(parameters, masters):
+            if p.main_grad is not None:    # None: the model does not use p
+                master.grad, p.main_grad = p.main_grad.to(master.device), None
         sums["grad_norm"] += nn.utils.clip_grad_norm_(masters, max_norm=1.0).item()
         optimizer.step()
         optimizer.zero_grad()
