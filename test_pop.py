@@ -715,7 +715,7 @@ def test_micro_batches_add_up(loss_norm, normalizer, make_model):
 
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_kl_is_against_the_base(lora_rank, make_model, tiny_policy):
-    # the KL term compares with the policy itself, or the weights do not come back from the base
+    # the KL term compares with the policy itself, does not reach the gradient, or the weights stay those of the base
     from transformers import AutoModelForCausalLM
     cfg, model = make_model(lora_rank=lora_rank, kl_coef=0.5, judge_weights="policy", learning_rate=0)
     if not lora_rank:
@@ -726,6 +726,11 @@ def test_kl_is_against_the_base(lora_rank, make_model, tiny_policy):
     torch.testing.assert_close(model.state_dict(), start, rtol=0, atol=0)
     b = pop.collate([(g, c) for g in training_groups() for c in g.completions], torch.device("cpu"))
     x, y = (plain_logprobs(m, b["input_ids"], b["attention_mask"], cfg.temperature) for m in (base, model))
+    x, y = x.detach() * b["target_mask"], y * b["target_mask"]
+    loss, _ = pop.policy_gradient_loss(y, b["engine_logprobs"], b["advantages"], b["target_mask"], 2 * 4 * 128)
+    (loss + 0.5 * pop.kl_loss(y, x, b["engine_logprobs"], 2 * 4 * 128)[0]).backward()
+    norm = torch.cat([p.main_grad.flatten() for p in pop.trainable(model)]).norm().item()    # see make_optimizer
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     log_ratio = (x - y)[b["target_mask"]]
     assert metrics["kl_base"] == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-3) and metrics["kl_base"] > 0.01
 
