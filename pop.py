@@ -1215,7 +1215,7 @@ def main(cfg: Config) -> None:
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
     model = load_policy(cfg)
     optimizer, memory = make_optimizer(model, cfg), memory_gb(model, cfg)
-    print(f"an update needs about {memory['device']:.1f} GB here and {memory['host']:.1f} GB of other host memory")
+    print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type} and {memory['host']:.1f} GB of copies on the host")
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
