@@ -1116,7 +1116,7 @@ with warnings.catch_warnings():    # there is no ini file to announce the marker
     bench_only = pytest.mark.bench
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bench(request):
     if request.config.getoption("-m") != "bench":
         pytest.skip("a benchmark: run it with -m bench -s")
@@ -1324,7 +1324,7 @@ def test_same_dpo_as_trl(bench, tiny_policy, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def bench_answers(tmp_path_factory):
+def bench_answers(bench, tmp_path_factory):
     """Folder with mixed.jsonl and long.jsonl, sampled once; POP_BENCH names one to keep."""
     folder = Path(os.environ.get("POP_BENCH") or tmp_path_factory.mktemp("answers"))
     if not (folder / "long.jsonl").exists():
