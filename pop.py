@@ -53,7 +53,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module, metadata, util
 from itertools import chain
 from pathlib import Path
