@@ -890,8 +890,11 @@ def named_weights(model: nn.Module, base: bool = False) -> Iterator[tuple[str, T
             yield name, tensor
 
 
+HEAD_CHUNK = 256    # positions that meet the output head at once
+
+
 def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
-                   temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
+                   temperature: float = 1.0, chunk_size: int = HEAD_CHUNK) -> Tensor:
     """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too). All (B, T), right padding.
 
     Only target positions meet the output head, chunk_size at a time, again in backward: (B, T, V) logits never exist.
@@ -952,7 +955,8 @@ def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Ten
     """L = -mean log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))), DPO (arXiv 2305.18290, eq. 7).
 
     All (P,), one entry a pair: log-probs of whole answers, summed over their tokens. Returns the loss and, summed over
-    the pairs: pairs, correct (the policy prefers the chosen answer more than the reference does), margin.
+    the pairs: pairs, correct (the policy prefers the chosen answer more than the reference does), margin. For forks: the
+    loop in this file does not use it.
     """
     margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
     sums = dict(pairs=len(margin), correct=(margin > 0).sum().item(), margin=margin.sum().item())
@@ -986,7 +990,8 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
 def base_weights(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base model: LoRA matrices are 0, full weights come from the host copy."""
     policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    model.load_state_dict(getattr(model, "base_state", {name: torch.zeros_like(p) for name, p in policy.items()}), strict=False)
+    no_lora = {name: torch.zeros_like(p) for name, p in policy.items()}
+    model.load_state_dict(getattr(model, "base_state", no_lora), strict=False)
     yield
     model.load_state_dict(policy, strict=False)
 
@@ -998,15 +1003,15 @@ def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
     Activations are an estimate: a token keeps 1.2 times what goes into and comes out of the linear layers (measured: 1.0 to
     1.26, Llama and Qwen2, LoRA and full, float32 and bfloat16); rows over the budget are checkpointed and keep less.
     """
-    trained, largest = trainable(model), max(p.numel() for p in trainable(model))
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
-    width = {"bfloat16": 2, "float32": 4}[cfg.dtype]
+    trained, head, width = trainable(model), model.get_output_embeddings(), getattr(torch, cfg.dtype).itemsize
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     parts = dict(
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
         gradients=4 * sum(p.numel() for p in trained),
-        optimizer=sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # 2 moments, a master of bf16
+        optimizer=sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # moments, master of bf16
         activations=1.2 * width * cfg.micro_batch_tokens * sum(m.in_features + m.out_features for m in layers),
-        logits=3 * 4 * 256 * model.get_output_embeddings().out_features + 2 * width * largest,    # one chunk, one gradient
+        # of one chunk, in fp32: logits, probabilities, their gradient; and the largest gradient on its way to main_grad
+        logits=3 * 4 * HEAD_CHUNK * head.out_features + 2 * width * max(p.numel() for p in trained),
         base=keeps_base(cfg) * width * sum(p.numel() for p in trained))
     hosted = {"base", "optimizer"} if cfg.offload_optimizer else {"base"}
     parts |= dict(device=sum(parts[key] for key in parts.keys() - hosted), host=sum(parts[key] for key in hosted))
@@ -1214,7 +1219,7 @@ def main(cfg: Config) -> None:
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
     model = load_policy(cfg)
     optimizer, memory = make_optimizer(model, cfg), memory_gb(model, cfg)
-    print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type} and {memory['host']:.1f} GB of copies on the host")
+    print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type}, {memory['host']:.1f} GB of copies on the host")
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
