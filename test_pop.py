@@ -827,6 +827,27 @@ def test_memory_by_hand():
     assert full["device"] == pytest.approx(sum(full[part] for part in parts))
 
 
+@pytest.mark.parametrize("lora_rank", [8, 0])
+def test_memory_covers_what_is_allocated(lora_rank, make_cfg):
+    # the activations, the part that is estimated, are far from what an update allocates: out of memory, or room unused
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    cfg = make_cfg(lora_rank=lora_rank, micro_batch_tokens=1024, judge_weights="policy")
+    model = pop.make_trainable(Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=2000, hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2)), cfg)
+    groups = [Group("", prompt_ids=[1] * 128, completions=[answer([2] * 128, a) for a in (0.5, -0.5, 0.5, -0.5)])]
+    optimizer, live, peak = pop.make_optimizer(model, cfg), 0, 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        pop.update_policy(model, optimizer, groups, cfg)
+    changes = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    memory = pop.memory_gb(model, cfg)
+    assert 0.75 < peak / 2 ** 30 / (memory["device"] - memory["weights"]) < 1.05
+
+
 def test_memory_table_in_the_readme():
     # the README promises memory that the code does not need, or less
     rows = re.findall(r"^\| (Qwen\S+) \| `?(.*?)`? *\| ([\d.]+) \| ([\d.]+) \|$", (REPO / "README.md").read_text(), re.M)
@@ -1253,18 +1274,17 @@ report(seconds, peaks, start, loss=printed[0]["loss"], grad_norm=printed[0]["gra
 """
 
 BATCHES = """
-import json, random, sys, pop
-cfg = pop.parse_args(["--preset", "tiny", "--temperature", "1", "--num_generations", "8", "--max_new_tokens", "256"])
+import json, sys, pop
+cfg = pop.parse_args(["--preset", "tiny"])
 cfg.model = pop.resolve_model(cfg.model)
 engine = pop.Engine(cfg)
-print(cfg.model)
-for name, docs, least, most in (("mixed", 4, 1, 256), ("long", 1, 900, 984)):
+for name, docs, count, least, most in (("mixed", 4, 8, 1, 256), ("long", 1, 4, 900, 984)):
     with open(f"{sys.argv[1]}/{name}.jsonl", "w") as file:
         for group, document in enumerate(pop.corpus_batch(pop.load_corpus(cfg), 0, cfg)[:docs]):
             question = "Explain this to a friend: " + document.split(".")[0]
             prompt = engine.encode([dict(role="user", content=question)])
-            params = [dict(temperature=1.0, max_tokens=most, min_tokens=least, seed=i) for i in range(8)]
-            for i, c in enumerate(engine.generate([prompt] * 8, params, "answer")[:8 if docs > 1 else 4]):
+            params = [dict(temperature=1.0, max_tokens=most, min_tokens=least, seed=i) for i in range(count)]
+            for i, c in enumerate(engine.generate([prompt] * count, params, "answer")):
                 file.write(json.dumps(dict(group=group, prompt_ids=prompt, completion_ids=c.token_ids,
                                            advantage=i % 4 - 1.5)) + "\\n")
 """
@@ -1334,7 +1354,8 @@ def bench_answers(bench, tmp_path_factory):
 
 @bench_only
 @pytest.mark.parametrize("batch, rank, budget, unchecked", [    # TRL without checkpointing: its best micro-batch
-    ("mixed", 32, 384, 2), ("mixed", 0, 384, 2), ("long", 32, 1056, 1), ("long", 0, 512, 1)])    # long: rows of 1,034 tokens
+    ("mixed", 32, 384, 2), ("mixed", 0, 384, 2),
+    ("long", 32, 1056, 1), ("long", 0, 1056, 1), ("long", 0, 512, 1)])    # rows of 1,034 tokens fit 1056, not 512
 def test_update_against_trl(batch, rank, budget, unchecked, bench, needs_vllm, bench_answers):
     # another loss or gradient than TRL's on real answers, or slower, or more memory; prints two rows of README's table
     pytest.importorskip("trl")
@@ -1373,7 +1394,8 @@ for _ in range(3):
         logits = model(input_ids=ids).logits.float()
         logprobs = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
         del logits
-    logprobs.mean().backward()
+    model.zero_grad()
+    (logprobs.sum() / 4095).backward()
     seconds.append(time.perf_counter() - clock)
 norm = torch.cat([p.grad.flatten() for p in pop.trainable(model)]).norm().item()
 print(json.dumps(dict(seconds=min(seconds), peak=(kib("VmHWM") - start) / 2 ** 20, mean=logprobs.sum().item() / 4095, norm=norm)))
@@ -1386,4 +1408,5 @@ def test_logprobs_against_log_softmax(bench):
     own, naive = (json.loads(run_python("-c", LOGPROBS, name).splitlines()[-1]) for name in ("own", "naive"))
     print(f"\n| log-probs, 4,096 x 152k | {own['seconds']:.1f} s / {naive['seconds']:.1f} s | {own['peak']:.2f} GB / "
           f"{naive['peak']:.2f} GB |")
-    assert own["mean"] == pytest.approx(naive["mean"], rel=1e-5) and own["peak"] < naive["peak"] / 4
+    assert (own["mean"], own["norm"]) == (pytest.approx(naive["mean"], rel=1e-5), pytest.approx(naive["norm"], rel=1e-4))
+    assert own["peak"] < naive["peak"] / 4
