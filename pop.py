@@ -836,12 +836,17 @@ def candidates(group: Group, seed: int, cfg: Config) -> list[str]:
 
 def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
     """Rubric writer: fills in group.rubric from document, task, reference (and answers, if they come first), or drop_reason."""
+    def parse(text: str) -> list[Criterion]:
+        rubric = parse_rubric(text)
+        counts["merged_criteria"] += len(parse_json(text)["criteria"]) - len(rubric)
+        return rubric
+
     groups = [g for g in groups if g.drop_reason is None]
     questions: list[Question] = []
     for row, group in enumerate(groups):
         texts = dict(document="" if cfg.no_document_in_rubric else group.document, task=group.task, reference=group.reference,
                      candidate=candidates(group, request_seed(cfg, "candidates", step, row), cfg))
-        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800, parse_rubric))
+        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800, parse))
     rubrics = [HOLISTIC] * len(groups) if cfg.no_rubric else ask(engine, "rubric", questions, step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):

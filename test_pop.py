@@ -636,6 +636,11 @@ def test_ablations(flags, proposer, rubric, make_cfg, monkeypatch):
         assert ("document" in text) == ("DOCUMENT" in text) and ("candidate" in text) == ("ANSWER" in text)
         assert "[" not in text.replace('{"criteria":[', "") and "document:" not in text
     assert groups[0].rubric == (pop.HOLISTIC if cfg.no_rubric else RUBRIC)
+    counts, twice = Counter(), [dataclasses.asdict(c) for c in [*RUBRIC, RUBRIC[0]]]
+    monkeypatch.setattr(engine, "reply", lambda *a: Completion([], [], json.dumps(dict(criteria=twice)), "stop"))
+    pop.write_rubrics(engine, [Group("d", "t", "r")], 0, cfg, counts)
+    assert counts["merged_criteria"] == (0 if cfg.no_rubric else 1)
+    monkeypatch.setattr(engine, "reply", watch)
     pop.score_answers(engine, groups, 0, cfg, Counter())
     assert all(c.gold in prompts["judge"] for c in groups[0].rubric)
     if cfg.no_rubric:    # the example, too, has one rating
@@ -1231,7 +1236,7 @@ def test_engine_wakes_in_order(make_cfg, monkeypatch):
 
 
 # ---- main ----
-METRICS = re.compile(r"step|reward_mean|reward_std|groups_kept|drop/\w+|parse_fail/(proposer|rubric|solver|judge)(/\w+)?|loss|"
+METRICS = re.compile(r"step|reward_mean|reward_std|groups_kept|drop/\w+|parse_fail/(proposer|rubric|solver|judge)(/\w+)?|loss|merged_criteria|"
                      r"advantage_(min|max)|grad_norm|entropy|engine_gap|engine_k3|ratio_clipped|answer_tokens|"
                      r"truncated|score_length_corr|learning_rate|"
                      r"seconds/(propose|rubric|answer|judge|update|sync|save)|"
