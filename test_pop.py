@@ -1272,6 +1272,21 @@ def test_main(scoring, judge_fails, good, make_cfg, monkeypatch, tmp_path):
     assert [p.name for p in checkpoints(run)] == ["step_000002"]
 
 
+@pytest.mark.parametrize("shown, order", [(0, "proposer rubric solver judge"), (2, "proposer solver rubric judge")])
+def test_order_of_roles(shown, order, make_cfg, monkeypatch):
+    # the rubric writer is to see answers that do not exist yet, or is asked twice
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    generate, phases, prompts = FakeEngine.generate, [], []
+
+    def watch(self, ids, params, phase):
+        phases.extend([phase] if ids and phases[-1:] != [phase] else [])
+        prompts.extend(self.tokenizer.decode(i).rpartition("user\n")[2] for i in ids if phase == "rubric")
+        return generate(self, ids, params, phase)
+    monkeypatch.setattr(FakeEngine, "generate", watch)
+    pop.main(make_cfg(num_steps=1, rubric_candidates=shown, scoring="pointwise"))
+    assert phases == order.split() and [p.count("<candidate>") for p in prompts] == [shown] * 2
+
+
 @pytest.mark.parametrize("role, reason, tries", [
     ("proposer", "proposer_no_json", 6), ("rubric", "rubric_no_json", 6), ("judge", "judge", 18),
     ("solver", "zero_spread", 8)])
