@@ -474,7 +474,7 @@ def parse_field(row: Any, key: str, kind: type) -> Any:
     raise ParseError(f"bad_{key}")
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=20_000)    # the tasks of a run, about 5 KB each
 def word_runs(text: str, n: int) -> frozenset[tuple[str, ...]]:
     """All runs of n words in a text, in lower case; a text of fewer words is one run."""
     words = re.findall(r"\w+", text.lower())
