@@ -1873,6 +1873,52 @@ def test_update_against_trl(batch, rank, budget, unchecked, bench, needs_vllm, b
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+SCORING = """
+import copy, os, sys, time, pop
+from collections import Counter
+tasks = int(os.environ.get("POP_TASKS", 24))
+flags = ["--preset", "tiny", "--max_doc_words", "250", "--docs_per_step", str(tasks + 8), *os.environ.get("POP_FLAGS", "").split()]
+cfg = pop.parse_args(flags)
+cfg.model = pop.resolve_model(cfg.model)
+engine, tally = pop.Engine(cfg), Counter()
+generate = engine.generate
+
+def counted(prompts, params, phase):
+    replies = generate(prompts, params, phase)
+    tally["tokens"] += sum(len(reply.token_ids) for reply in replies)
+    return replies
+
+engine.generate = counted
+groups = pop.propose_tasks(engine, pop.corpus_batch(pop.load_corpus(cfg), 0, cfg), 0, cfg, Counter(), [])
+pop.write_rubrics(engine, groups, 0, cfg, Counter())
+groups = [g for g in groups if g.drop_reason is None][:tasks]
+pop.sample_answers(engine, groups, 0, cfg)
+for group, other in zip(groups, groups[1:] + groups[:1]):    # planted: its own reference, that of another task
+    for text in (group.reference, other.reference):
+        group.completions.append(pop.Completion([0] * len(text.split()), [], pop.fence("answer", text), "stop"))
+for line in ("expected", "pointwise", "pointwise --judge_samples 4", "pairwise", "anchor"):
+    for seed in ("0", "1"):
+        scored, start = copy.deepcopy(groups), time.perf_counter()
+        tally.clear()
+        engine.llm.reset_prefix_cache()
+        pop.score_answers(engine, scored, 0, pop.parse_args([*flags, "--scoring", *line.split(), "--seed", seed]), Counter())
+        seconds, answers = time.perf_counter() - start, sum(bool(c.answer) for g in scored for c in g.completions)
+        planted = Counter((a > b) - (a < b) for a, b in ([c.score for c in g.completions[-2:]] for g in scored) if None not in (a, b))
+        sampled = [[c.score for c in g.completions[:-2] if c.answer and c.score is not None] for g in scored]
+        tied = [max(scores) - min(scores) < 1e-6 for scores in sampled if len(scores) > 1]
+        print(f"| {line}, seed {seed} | {planted[1]} / {planted[0]} / {planted[-1]} | tied {sum(tied)} of {len(tied)} | "
+              f"{tally['tokens'] / answers:.1f} tokens | {seconds / answers:.2f} s |", flush=True)
+"""
+
+
+@bench_only
+def test_scoring_tells_good_from_bad(bench, needs_vllm):
+    # README's table of scorings; POP_FLAGS="--model FOLDER --domain health --corpus FILE" for another judge than the 135M one
+    rows = [line for line in run_python("-c", SCORING).splitlines() if line.startswith("|")]
+    print("", *rows, sep="\n")
+    assert len(rows) == 10 and rows[0].split("|")[2] == rows[1].split("|")[2]    # expected does not depend on the seed
+
+
 LOGPROBS = METER.split("model_folder")[0] + """
 import pop
 from transformers import Qwen2Config, Qwen2ForCausalLM
