@@ -125,7 +125,7 @@ class Config:
     lr_schedule: str = flag("constant", "after the warm-up; cosine falls to 0 (paper)", ("constant", "cosine"))
     micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass; a longer row is checkpointed: slower")
     minibatches: int = flag(1, "AdamW steps a step, each on its share of the groups")
-    offload_optimizer: bool = flag(False, "keep fp32 master weights and AdamW moments in host memory")
+    offload_optimizer: bool = flag(False, "keep fp32 master weights and AdamW moments in host memory; set OMP_NUM_THREADS")
     advantage: str = flag("mean", "mean: r - mean; rloo: minus mean of others; grpo: over std", ("mean", "rloo", "grpo"))
     loss_norm: str = flag("constant", "N: docs * answers * max_new_tokens, or the step's tokens", ("constant", "tokens"))
     ratio_cap: float = flag(2.0, "upper limit of the weight exp(logprob - engine_logprob) of a token")
@@ -626,7 +626,6 @@ def resolve_model(name: str) -> str:
 def repack_tied_head(model: nn.Module) -> None:
     """vLLM on CPU packs linear weights at load time and forgets a tied lm_head on reload (mean |dlogprob| 0.23, silently)."""
     head = getattr(model, "lm_head", None)
-    head = getattr(head, "base_layer", head)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
 
@@ -1395,11 +1394,12 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
 
 def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group]]:
     """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait."""
-    state = torch.load(sorted(run_dir.glob(CHECKPOINTS))[-1] / "trainer_state.pt", weights_only=True)
+    state = torch.load(sorted(run_dir.glob(CHECKPOINTS))[-1] / "trainer_state.pt", weights_only=True, mmap=True)
     masters = optimizer.param_groups[0]["params"]
 
     def share(full: Tensor, like: Tensor) -> Tensor:    # this rank's
-        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
+        mesh = getattr(like, "device_mesh", None)
+        return distribute_tensor(full, mesh, like.placements, src_data_rank=None).to(like.device) if mesh else full
 
     for i, moments in state["optimizer"]["state"].items():
         moments.update({key: share(moments[key], masters[i]) for key in ("exp_avg", "exp_avg_sq")})
@@ -1420,11 +1420,14 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def main(cfg: Config) -> None:
-    if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(hours=1))    # gloo on CPU, NCCL beside it on GPUs
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), gather(start_run(cfg) if RANK == 0 else None)[0]
+    if WORLD > 1:
+        dist.init_process_group(timeout=timedelta(hours=12))    # gloo on CPU, NCCL beside it on GPUs; rank 0 may be long at a save
+    start = [start_run(cfg) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(start)
+    run_dir, [(cfg.model, corpus)] = Path(cfg.run_dir), start
     if cfg.tracker != "none" and RANK == 0:
         tracker = import_module(cfg.tracker)
         tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))
@@ -1479,8 +1482,7 @@ def main(cfg: Config) -> None:
             with timed(metrics, "save"):
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg, seen, pairs)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
-        seconds = time.perf_counter() - start
-        metrics["tokens_per_second"] = sum(len(c.token_ids) for g in groups for c in g.completions) / seconds
+        metrics["tokens_per_second"] = sum(len(c.token_ids) for g in groups for c in g.completions) / (time.perf_counter() - start)
         metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
         if RANK == 0:
             log_step(run_dir, metrics, groups, cfg)

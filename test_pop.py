@@ -1366,6 +1366,7 @@ def test_interrupted_save_is_not_resumed(make_model, tiny_policy, tmp_path):
 
 
 # ---- several ranks ----
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 RANKS = """
 import os, sys, time, pop
 from test_pop import FakeEngine
@@ -1384,7 +1385,7 @@ pop.main(pop.parse_args(sys.argv[1:]))
 def start_ranks(ranks, folder, *args, **environment):
     """A finished torchrun of RANKS (0: no torchrun) with the given flags."""
     (folder / "ranks.py").write_text(RANKS)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    torchrun = [*TORCHRUN, str(ranks)] if ranks else []
     return subprocess.run([sys.executable, *torchrun, folder / "ranks.py", *map(str, args)], cwd=REPO, text=True, capture_output=True,
                           timeout=300, env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1") | environment)
 
@@ -1457,25 +1458,87 @@ def needs_vllm():
             pytest.skip(f"{package} is not installed")
 
 
-def run_python(*args):
+def run_python(*args, **environment):
     """Runs Python in a process of its own: vLLM starts only once in a process."""
-    done = subprocess.run([sys.executable, *args], cwd=REPO, env=ENVIRONMENT, timeout=1800, capture_output=True,
+    done = subprocess.run([sys.executable, *args], cwd=REPO, env=ENVIRONMENT | environment, timeout=1800, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
 
-def test_real_run(needs_vllm, tmp_path):
-    # the loop works with a fake engine only: engine and trainer disagree, no answer is ever closed, adapters stay at 0
-    run_python("pop.py", "--preset", "tiny", "--num_steps", "2", "--docs_per_step", "2", "--num_generations", "4",
-               "--run_dir", tmp_path)
-    metrics = read_lines(tmp_path / "metrics.jsonl")
+REAL_RUN = ("pop.py", "--preset", "tiny", "--num_steps", "2", "--docs_per_step", "2", "--num_generations", "4")
+
+
+@pytest.mark.parametrize("rank", [16, 0])
+def test_real_run(rank, needs_vllm, tmp_path):
+    # the loop works with a fake engine only: engine and trainer disagree, no answer is ever closed, adapters stay at 0; two
+    # ranks sample or train something else than one
+    flags = (*REAL_RUN, "--lora_rank", str(rank), "--learning_rate", "1e-4")
+    run_python(*flags, "--run_dir", tmp_path / "one")
+    run_python(*TORCHRUN, "2", *flags, "--run_dir", tmp_path / "two")
+    metrics = read_lines(tmp_path / "one" / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1] and max(m.get("engine_gap", 0.0) for m in metrics) < 1e-3
-    groups = [g for step in range(2) for g in read_lines(tmp_path / "rollouts" / f"step_{step:06d}.jsonl")]
+    groups, others = ([g for step in range(2) for g in read_lines(tmp_path / run / "rollouts" / f"step_{step:06d}.jsonl")]
+                      for run in ("one", "two"))
     assert any(c["ratings"] for g in groups for c in g["completions"])
-    adapter = load_file(tmp_path / "checkpoints" / "step_000002" / "adapter_model.safetensors")
+    for m in metrics:    # phases cover the step
+        tokens = sum(c["tokens"] for g in groups[2 * m["step"]:][:2] for c in g["completions"])
+        assert sum(v for key, v in m.items() if key.startswith("seconds/")) == pytest.approx(tokens / m["tokens_per_second"], rel=0.03)
+    file = "adapter_model.safetensors" if rank else "model.safetensors"
+    one, two = (load_file(tmp_path / run / "checkpoints" / "step_000002" / file) for run in ("one", "two"))
     kept = sum(m["groups_kept"] for m in metrics)
-    assert all(bool(t.abs().sum() > 0) == (kept > 0) for name, t in adapter.items() if "lora_B" in name)
+    assert all(bool(t.abs().sum() > 0) == (kept > 0) for name, t in one.items() if "lora_B" in name)
+
+    def texts(groups):
+        return [[g["task"], g["rubric"], *(c["text"] for c in g["completions"])] for g in groups]
+    assert texts(groups) == texts(others)
+    for a, b in zip(metrics, read_lines(tmp_path / "two" / "metrics.jsonl"), strict=True):
+        same = {key for key in a if not re.match("seconds|tokens_per|peak|engine_", key)}
+        assert {key: b[key] for key in same} == pytest.approx({key: a[key] for key in same}, rel=1e-2, abs=1e-5)
+    assert one.keys() == two.keys()
+    worst = max((one[name] - two[name]).abs().max().item() for name in one)
+    print(f"{kept} groups kept; weights of two ranks differ from one rank's by at most {worst:.2g}")
+    assert worst < 1e-4
+
+
+TENSOR_PARALLEL = """
+import json, os, sys, torch, pop
+from torch import nn
+if pop.WORLD > 1:
+    torch.distributed.init_process_group()
+cfg = pop.parse_args(["--preset", "tiny", "--model", sys.argv[1], "--tensor_parallel_size", os.environ.get("WORLD_SIZE", "1")])
+engine, model = pop.Engine(cfg), pop.load_policy(cfg)
+params = [dict(temperature=1.0, max_tokens=20, logprobs=0, seed=i) for i in range(6)]
+prompts, found = [engine.probe[:20 + 5 * i] for i in range(6)], []
+engine.check_weights(model)
+for name, p in model.named_parameters():
+    if "lora_B" in name:
+        nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+for version in (0, 1, 0):
+    engine.sync_weights(model, version)    # checks the weights
+    found.append([[c.token_ids, c.engine_logprobs] for c in engine.generate(prompts, params, "solver")])
+if pop.RANK == 0:
+    json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def test_tensor_parallel(needs_vllm, tmp_path, tiny_policy):
+    # two ranks do not make one engine: each takes other prompts, or half of the weights stay old after a sync
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
+                                 num_hidden_layers=2, initializer_range=0.1)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path / "model")
+    (tmp_path / "tp.py").write_text(TENSOR_PARALLEL)
+    found = []
+    for ranks in ((), (*TORCHRUN, "2")):
+        run_python(*ranks, tmp_path / "tp.py", tmp_path / "model", tmp_path / "out.json", PYTHONPATH=str(REPO))
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    (base, policy, again), others = found
+    assert base == again and base != policy
+    for rows, other in zip(found[0], others):
+        assert [ids for ids, _ in rows] == [ids for ids, _ in other]
+        assert torch.allclose(torch.tensor(sum((x for _, x in rows), [])), torch.tensor(sum((x for _, x in other), [])), atol=1e-3)
 
 
 PAPER = """
