@@ -1390,9 +1390,9 @@ def start_ranks(ranks, folder, *args, **environment):
                           timeout=300, env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1") | environment)
 
 
-@pytest.mark.parametrize("flags", [
-    dict(), dict(lora_rank=0), dict(lora_rank=0, kl_coef=0.1, minibatches=2), dict(loss="dpo", sync_every=0, docs_per_step=2, lora_rank=0),
-    dict(kl_coef=0.1, docs_per_step=3), dict(scoring="pointwise")], ids=str)
+@pytest.mark.parametrize("flags", [    # two documents of four answers; longer rows than the budget are checkpointed
+    dict(kl_coef=0.1, docs_per_step=3), dict(lora_rank=0, kl_coef=0.1, minibatches=2), dict(loss="dpo", sync_every=0, lora_rank=0)],
+    ids=str)
 def test_two_ranks_do_what_one_does(flags, make_cfg, tmp_path):
     # ranks train on other groups, their gradients are not the sum of one rank's, a shard is lost on its way to a checkpoint
     # or back, or both write
@@ -1470,9 +1470,11 @@ REAL_RUN = ("pop.py", "--preset", "tiny", "--num_steps", "2", "--docs_per_step",
 
 
 @pytest.mark.parametrize("rank", [16, 0])
-def test_real_run(rank, needs_vllm, tmp_path):
+def test_real_run(rank, needs_vllm, tmp_path, request):
     # the loop works with a fake engine only: engine and trainer disagree, no answer is ever closed, adapters stay at 0; two
     # ranks sample or train something else than one
+    if rank == 0 and request.config.getoption("-m") != "bench":
+        pytest.skip("4 minutes more: run it with -m bench")
     flags = (*REAL_RUN, "--lora_rank", str(rank), "--learning_rate", "1e-4")
     run_python(*flags, "--run_dir", tmp_path / "one")
     run_python(*TORCHRUN, "2", *flags, "--run_dir", tmp_path / "two")
@@ -1496,24 +1498,27 @@ def test_real_run(rank, needs_vllm, tmp_path):
         same = {key for key in a if not re.match("seconds|tokens_per|peak|engine_", key)}
         assert {key: b[key] for key in same} == pytest.approx({key: a[key] for key in same}, rel=1e-2, abs=1e-5)
     assert one.keys() == two.keys()
-    worst = max((one[name] - two[name]).abs().max().item() for name in one)
-    print(f"{kept} groups kept; weights of two ranks differ from one rank's by at most {worst:.2g}")
-    assert worst < 1e-4
+    apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    print(f"{kept} groups kept; weights of two ranks differ from one rank's by {apart.mean():.2g} on average, at most {apart.max():.2g}")
+    assert apart.max() < 1e-4 and apart.mean() < 1e-6    # of a learning rate of 1e-4
 
 
-TENSOR_PARALLEL = """
+TWO_RANKS = """
 import json, os, sys, torch, pop
 from torch import nn
 if pop.WORLD > 1:
     torch.distributed.init_process_group()
-cfg = pop.parse_args(["--preset", "tiny", "--model", sys.argv[1], "--tensor_parallel_size", os.environ.get("WORLD_SIZE", "1")])
+cfg = pop.parse_args(["--preset", "tiny", "--model", sys.argv[1], *sys.argv[3:]])
 engine, model = pop.Engine(cfg), pop.load_policy(cfg)
 params = [dict(temperature=1.0, max_tokens=20, logprobs=0, seed=i) for i in range(6)]
 prompts, found = [engine.probe[:20 + 5 * i] for i in range(6)], []
 engine.check_weights(model)
-for name, p in model.named_parameters():
-    if "lora_B" in name:
-        nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+with torch.no_grad():
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+        elif not cfg.lora_rank and "proj" in name:
+            p.mul_(1.1)
 for version in (0, 1, 0):
     engine.sync_weights(model, version)    # checks the weights
     found.append([[c.token_ids, c.engine_logprobs] for c in engine.generate(prompts, params, "solver")])
@@ -1522,17 +1527,18 @@ if pop.RANK == 0:
 """
 
 
-def test_tensor_parallel(needs_vllm, tmp_path, tiny_policy):
-    # two ranks do not make one engine: each takes other prompts, or half of the weights stay old after a sync
+@pytest.mark.parametrize("flags, engines", [("--lora_rank 4 --tensor_parallel_size", 1), ("--lora_rank 0 --tensor_parallel_size", 2)])
+def test_two_real_ranks(flags, engines, needs_vllm, tmp_path, tiny_policy):
+    # two ranks are not one engine or two: each takes other prompts, or some of the weights stay old after a sync
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
                                  num_hidden_layers=2, initializer_range=0.1)).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path / "model")
-    (tmp_path / "tp.py").write_text(TENSOR_PARALLEL)
+    (tmp_path / "two.py").write_text(TWO_RANKS)
     found = []
-    for ranks in ((), (*TORCHRUN, "2")):
-        run_python(*ranks, tmp_path / "tp.py", tmp_path / "model", tmp_path / "out.json", PYTHONPATH=str(REPO))
+    for ranks, size in (((), 1), ((*TORCHRUN, "2"), 2 // engines)):
+        run_python(*ranks, tmp_path / "two.py", tmp_path / "model", tmp_path / "out.json", *flags.split(), str(size), PYTHONPATH=str(REPO))
         found.append(json.loads((tmp_path / "out.json").read_text()))
     (base, policy, again), others = found
     assert base == again and base != policy
