@@ -47,6 +47,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -583,7 +584,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}### {{ m['role'] | capi
 class Completion:
     """One sampled text. `score`, `ratings` and `advantage` are filled in for answers only."""
     token_ids: list[int]             # EOS included
-    engine_logprobs: list[float]     # of token_ids, at the sampling temperature; empty where not asked for
+    engine_logprobs: list[float]     # of token_ids, at the sampling temperature (processed); empty where not asked for
     text: str
     finish_reason: str               # stop, length (cut off), too_long (prompt did not fit: nothing was sampled)
     score: float | None = None       # in [0, 1]; None: the judge failed, the answer is left out of its group
@@ -639,16 +640,16 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else one core is kept free, and training loses it
         from transformers import AutoTokenizer
         from vllm import LLM
-        self.cfg, self.version, self.on_gpu = cfg, 0, torch.cuda.is_available()
-        # On CPU a seeded request must not be split over two engine steps: room for all prompts of a call. Blocks of 32 tokens
-        # in place of 128: prompts share more of them, rollouts of a 0.5B model were 1.3 times as fast
+        self.cfg, self.version, self.on_gpu, self.base_logprobs = cfg, 0, torch.cuda.is_available(), None
+        # On CPU a seeded request must not be split over two engine steps: room for all prompts of a call. Prompts share blocks
+        # of 32 tokens, not 128: rollouts of a 0.5B model 1.3 times as fast. Compiled decoding costs minutes: for long runs
         device = dict(enable_sleep_mode=True) if self.on_gpu else dict(kv_cache_memory_bytes=2 << 30, block_size=32,
                                                                        max_num_batched_tokens=32768)
         if WORLD > 1:
             device |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel_size)
-        self.llm = LLM(cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
-                       gpu_memory_utilization=cfg.gpu_memory_utilization, enforce_eager=cfg.num_steps < 20,
-                       enable_prefix_caching=True, logprobs_mode="processed_logprobs",    # at the sampling temperature
+        self.llm = LLM(cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed, enable_prefix_caching=True,
+                       enforce_eager=cfg.num_steps < 20 or not (self.on_gpu or shutil.which("g++")),
+                       gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs",
                        structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True), **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
@@ -659,7 +660,6 @@ class Engine:
         turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
         turn_end = self.special.match(self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2].strip())
         self.stop = [special[turn_end[0]]] if turn_end and turn_end[0] in special else []
-        self.base_logprobs = None    # of the probe
 
     def defuse(self, messages: Messages) -> Messages:
         """A special token spelt out in a text ("<|im_end|>") gets a space inside: it ends no turn."""
