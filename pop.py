@@ -584,7 +584,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}### {{ m['role'] | capi
 class Completion:
     """One sampled text. `score`, `ratings` and `advantage` are filled in for answers only."""
     token_ids: list[int]             # EOS included
-    engine_logprobs: list[float]     # of token_ids, at the sampling temperature (processed); empty where not asked for
+    engine_logprobs: list[float]     # of token_ids, at the sampling temperature; empty where not asked for
     text: str
     finish_reason: str               # stop, length (cut off), too_long (prompt did not fit: nothing was sampled)
     score: float | None = None       # in [0, 1]; None: the judge failed, the answer is left out of its group
@@ -649,7 +649,7 @@ class Engine:
             device |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel_size)
         self.llm = LLM(cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed, enable_prefix_caching=True,
                        enforce_eager=cfg.num_steps < 20 or not (self.on_gpu or shutil.which("g++")),
-                       gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs",
+                       gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs",    # at the temperature
                        structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True), **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE

@@ -1111,6 +1111,16 @@ def test_micro_batches_keep_their_limit():
     assert sizes([[rows[0], rows[5]], [rows[5], rows[0]]]) == [[6, 6, 6, 6]]
 
 
+def test_no_dropout(make_cfg):
+    # the trained policy is not the one that was sampled from, checkpointed or not
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    model = pop.make_trainable(Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+                                                            intermediate_size=64, num_hidden_layers=1, attention_dropout=0.9)), make_cfg())
+    b = pop.collate([(g, c) for g in training_groups() for c in g.completions], torch.device("cpu"))
+    first, *others = (pop.batch_logprobs(model, b, make_cfg(micro_batch_tokens=n)) for n in (1, 1, 10_000, 10_000))
+    assert first.abs().sum() > 0 and all(torch.equal(first, other) for other in others)
+
+
 def test_all_and_only_adapters_train(make_model):
     # an adapter that gets no gradient, a frozen weight that moves, a step without kept groups that moves anything
     cfg, model = make_model(learning_rate=0.01)    # B is random: at B = 0 no gradient reaches A
@@ -1511,6 +1521,7 @@ if pop.WORLD > 1:
     torch.distributed.init_process_group()
 cfg = pop.parse_args(["--preset", "tiny", "--model", sys.argv[1], *sys.argv[3:]])
 engine, model = pop.Engine(cfg), pop.load_policy(cfg)
+assert all(hasattr(p, "device_mesh") == (pop.WORLD > 1 and not cfg.lora_rank) for p in model.parameters())
 params = [dict(temperature=1.0, max_tokens=20, logprobs=0, seed=i) for i in range(6)]
 prompts, found = [engine.probe[:20 + 5 * i] for i in range(6)], []
 engine.check_weights(model)
