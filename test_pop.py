@@ -1521,10 +1521,10 @@ if pop.WORLD > 1:
     torch.distributed.init_process_group()
 cfg = pop.parse_args(["--preset", "tiny", "--model", sys.argv[1], *sys.argv[3:]])
 engine, model = pop.Engine(cfg), pop.load_policy(cfg)
-assert all(hasattr(p, "device_mesh") == (pop.WORLD > 1 and not cfg.lora_rank) for p in model.parameters())
 params = [dict(temperature=1.0, max_tokens=20, logprobs=0, seed=i) for i in range(6)]
 prompts, found = [engine.probe[:20 + 5 * i] for i in range(6)], []
 engine.check_weights(model)
+assert all(hasattr(p, "device_mesh") == (pop.WORLD > 1 and not cfg.lora_rank) for p in model.parameters())
 with torch.no_grad():
     for name, p in model.named_parameters():
         if "lora_B" in name:
