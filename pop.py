@@ -76,6 +76,12 @@ from tqdm import tqdm
 
 
 # ---- 2. config ----
+# torchrun starts a process, called rank, for each device and sets these. All ranks run the same loop on the same groups;
+# shared out are only the prompts of a call (Engine.generate) and the micro-batches of an update (update_policy).
+RANK, WORLD, LOCAL_RANK = [int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+
+
 def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A dataclass field that is also a command-line flag."""
     return field(default=default, metadata=dict(help=help, choices=choices))
@@ -416,7 +422,8 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     (seed, step): a resumed run sees what an unbroken one would. No repeats within an epoch."""
     batch = []
     for position in range(step * cfg.docs_per_step, (step + 1) * cfg.docs_per_step):
-        document = corpus[position % len(corpus)]    # which is shuffled, see read_documents
+        epoch, index = divmod(position, len(corpus))    # the first epoch has the corpus' own order, see load_corpus
+        document = corpus[np.random.default_rng([cfg.seed, epoch]).permutation(len(corpus))[index] if epoch else index]
         spare = max(0, len(document.split()) - cfg.max_doc_words)
         start = int(np.random.default_rng([cfg.seed, position, 1]).integers(spare + 1))
         batch.append(cut_words(document, cfg.max_doc_words, start if cfg.doc_window == "random" else 0))
@@ -554,12 +561,6 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
 
 
 # ---- 6. engine ----
-# torchrun starts a process, called rank, for each device and sets these. All ranks run the same loop on the same groups;
-# shared out are only the prompts of a call (Engine.generate) and the micro-batches of an update (update_policy).
-RANK, WORLD, LOCAL_RANK = [int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
-
-
 def gather(part: Any) -> list[Any]:
     """What each rank has to give, on every rank, in the order of the ranks. All ranks must call it together."""
     parts = [part] * WORLD
@@ -1243,7 +1244,7 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
     if not shares:
         return {}
     parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
-    minibatches = []    # of (micro-batch, weight); as many on each rank, FSDP2 needs that: some get the last one, for nothing
+    minibatches = []    # lists of (micro-batch, weight). FSDP2 needs as many on each rank: the last one fills up, with weight 0
     for share in shares:
         batches = list(micro_batches(share, cfg.micro_batch_tokens))
         weighted = [(b, WORLD) for b in batches] + [(batches[-1], 0)] * (-len(batches) % WORLD)
@@ -1422,12 +1423,11 @@ def learning_rate(step: int, cfg: Config) -> float:
 def main(cfg: Config) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
+    found = [start_run(cfg) if RANK == 0 else None]
     if WORLD > 1:
         dist.init_process_group(timeout=timedelta(hours=12))    # gloo on CPU, NCCL beside it on GPUs; rank 0 may be long at a save
-    start = [start_run(cfg) if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(start)
-    run_dir, [(cfg.model, corpus)] = Path(cfg.run_dir), start
+        dist.broadcast_object_list(found)
+    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), found[0]
     if cfg.tracker != "none" and RANK == 0:
         tracker = import_module(cfg.tracker)
         tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))

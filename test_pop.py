@@ -381,13 +381,13 @@ def test_longer_run_has_the_same_first_documents(make_cfg):
 
 
 def test_corpus_batch(make_cfg):
-    # a step depends on the steps before it, or repeats a document within an epoch
+    # a step depends on the steps before it, repeats a document within an epoch, or every epoch has the same order
     cfg, corpus = make_cfg(docs_per_step=3), documents()
     later = pop.corpus_batch(corpus, 5, cfg)
     steps = [pop.corpus_batch(corpus, k, cfg) for k in range(8)]
     assert steps[5] == later
     first, second = ([d for step in steps[i:i + 4] for d in step] for i in (0, 4))
-    assert first == second == corpus
+    assert first == corpus and sorted(second) == sorted(corpus) and second != corpus
 
 
 def test_windows(make_cfg):
@@ -1440,6 +1440,8 @@ def test_a_failing_rank_ends_the_job(make_cfg, tmp_path):
     assert done.returncode and "this rank is out of order" in done.stderr and time.monotonic() - start < 120
     done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", cfg.corpus, "--num_generations", "1")
     assert done.returncode and done.stderr.count("pop.py: --num_generations 1") == 1
+    done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", tmp_path / "no.txt")
+    assert done.returncode and done.stderr.count("pop.py: --corpus") == 1 and "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
 
 
 # ---- style ----
