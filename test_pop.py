@@ -1550,6 +1550,8 @@ def test_two_real_ranks(flags, engines, needs_vllm, tmp_path, tiny_policy):
                                  num_hidden_layers=2, initializer_range=0.1)).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path / "model")
     (tmp_path / "two.py").write_text(TWO_RANKS)
+    for left in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):    # of a killed job: vLLM's CPU engine would refuse to start
+        left.unlink()
     found = []
     for ranks, size in (((), 1), ((*TORCHRUN, "2"), 2 // engines)):
         run_python(*ranks, tmp_path / "two.py", tmp_path / "model", tmp_path / "out.json", *flags.split(), str(size), PYTHONPATH=str(REPO))
