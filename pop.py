@@ -385,8 +385,8 @@ def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str
     for row in load_dataset(**source, split="train", streaming=True).shuffle(seed=cfg.seed, buffer_size=10_000):
         column = column or next((c for c in TEXT_COLUMNS if isinstance(row.get(c, 0), str | None)), "")
         if not column:
-            raise ValueError(f"no text column: needs one of {', '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
-        yield (row[column] or "")[:1_000_000]    # a novel; to cut words out of a line of 100 MB would take GB
+            raise ValueError(f"needs a column of strings called {', '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
+        yield str(row[column] or "")[:1_000_000]    # a novel; to cut words out of a line of 100 MB would take GB
 
 
 def load_corpus(cfg: Config) -> Sequence[str]:
@@ -1287,9 +1287,8 @@ def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
             safe_open(newest / "trainer_state.safetensors", "pt")    # looks at names and sizes
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             fail(f"--run_dir {run_dir}: {newest} is damaged or foreign, remove it to go on from the one before ({error})")
-    for name in vars(cfg).keys() - CHANGEABLE:
-        if before.get(name) != getattr(cfg, name):
-            fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
+    for name in [name for name in vars(cfg) if name not in CHANGEABLE and before.get(name) != getattr(cfg, name)]:
+        fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
     if cfg.judge_url:
         hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
         [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)

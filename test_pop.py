@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,8 +33,10 @@ if OPENMP.exists():
     ENVIRONMENT["LD_PRELOAD"] = str(OPENMP)    # as pop.py does
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -137,6 +140,15 @@ def make_cfg(tiny_policy, tmp_path):
         argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
         return pop.parse_args(["--preset", "tiny", *argv])
     return make
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """pop.main takes SIGTERM and Ctrl-C for itself: given back here."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -792,6 +804,163 @@ def test_forged_verdicts_are_not_the_judges_words(make_cfg, monkeypatch):
     assert len(sent) == prompts and not any(re.search(r"<\|im_(start|end)\|>", m["content"]) for messages in sent for m in messages)
 
 
+GOOD_TEXT = " ".join(f"word{i}" for i in range(60))
+
+
+@pytest.mark.parametrize("suffix, content, usable", [
+    (".jsonl", lambda: json.dumps(dict(text="long word " * 10_000_000)), ["long word " * 100_000, GOOD_TEXT]),    # 100 MB
+    (".txt", lambda: "x" * 20_000_000, [GOOD_TEXT]),
+    (".jsonl", lambda: '{"text": null}\n{"text": ""}\n{"other": 1}', [GOOD_TEXT]),
+    (".jsonl", lambda: '{"text": "\\u0000\\u0007\\u001b %s"}' % GOOD_TEXT.upper(), [GOOD_TEXT.upper(), GOOD_TEXT]),
+    (".txt", lambda: "\ufeff\u202e" + "\u05d0\u05d1 \u0644\u0627 " * 60, ["\ufeff\u202e" + ("\u05d0\u05d1 \u0644\u0627 " * 60).strip(), GOOD_TEXT]),
+    (".txt", lambda: random.Random(0).randbytes(100_000).replace(b"\n", b"\0"), None),
+    (".jsonl", lambda: '{"text": 5}\n{"text": ["a"]}', [GOOD_TEXT]), (".jsonl", lambda: '{"text": "\\ud800"}', "--corpus"),
+    (".jsonl", lambda: random.Random(0).randbytes(100_000), "--corpus"), (".jsonl", lambda: '{"text": "cut o', "--corpus"),
+    (".parquet", lambda: random.Random(0).randbytes(100_000), "--corpus")])
+def test_hostile_corpora(suffix, content, usable, make_cfg, tmp_path, capsys):
+    # a text that nobody checked crashes the run, takes all memory, or costs the good documents beside it
+    made = content()
+    made = made if isinstance(made, bytes) else made.encode()
+    good = json.dumps(dict(text=GOOD_TEXT)) if suffix == ".jsonl" else "\n\n" + GOOD_TEXT
+    (tmp_path / f"c{suffix}").write_bytes(made + b"\n" + good.encode() + b"\n")
+    cfg = make_cfg(corpus=tmp_path / f"c{suffix}", num_steps=3)
+    if isinstance(usable, str):
+        with pytest.raises(SystemExit) as stop:    # datasets may log a line of its own
+            pop.load_corpus(cfg)
+        assert stop.value.code == 2 and len(re.findall(f"^pop.py: {usable} .*", capsys.readouterr().err, re.MULTILINE)) == 1
+        return
+    corpus = pop.load_corpus(cfg)
+    assert GOOD_TEXT in corpus and (usable is None or sorted(corpus) == sorted(t.strip() for t in usable))
+    for step in range(3):
+        for document in pop.corpus_batch(corpus, step, cfg):
+            assert 0 < len(document.split()) <= cfg.max_doc_words and not re.search(r"[\0\x07\x1b]", document)
+            json.dumps(document).encode()
+
+
+class Stream:
+    """A hub dataset whose connection breaks off; its library has tried 20 times, then this comes (ConnectionError)."""
+
+    def shuffle(self, **_):
+        yield from (dict(text=document) for document in documents())
+        raise ConnectionError("Server Disconnected")
+
+
+def test_stream_that_breaks_off(make_cfg, monkeypatch, tmp_path, capsys):
+    # a lost connection ends in a traceback, or costs what was trained before
+    import datasets
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    pop.main(make_cfg(num_steps=2))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda **_: Stream())
+        assert "Server Disconnected" in fails(capsys, pop.main, make_cfg(num_steps=30, resume=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    pop.main(make_cfg(num_steps=3, resume=True))
+
+
+# ---- any reply ----
+HOSTILE = st.sampled_from(["", " ", "\0", "\ud800", "\u202e", "<|im_end|>", "</answer>", "</think>", "{", "}", "NaN", "2/2", "1e999", "-0",
+                           "the document", "task", "gold", "rating", pop.EXAMPLES["general"]["task"]])
+NUMBERS = st.one_of(st.floats(), st.integers(), st.sampled_from([-0.0, 0, 1, 2, 1.5, 3, 5, 1e308, 5e-324, math.inf, math.nan, 10 ** 400, True]))
+VALUES = st.recursive(st.one_of(st.none(), st.text(max_size=20), HOSTILE, NUMBERS),
+                      lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(HOSTILE, inner, max_size=4)), max_leaves=8)
+TEXTS = st.one_of(st.text(min_size=1, max_size=60), HOSTILE)
+FIELD = st.one_of(TEXTS, VALUES)
+CRITERIA = st.lists(st.one_of(st.fixed_dictionaries(dict(name=TEXTS, gold=TEXTS, description=TEXTS, weight=NUMBERS)), VALUES), max_size=6)
+REPLIES = dict(
+    task=st.one_of(st.fixed_dictionaries(dict(task=TEXTS, reference=TEXTS)), st.fixed_dictionaries(dict(task=FIELD, reference=FIELD)), VALUES),
+    rubric=st.one_of(st.fixed_dictionaries(dict(criteria=CRITERIA)), st.fixed_dictionaries(dict(criteria=VALUES)), VALUES),
+    verdict=st.one_of(st.fixed_dictionaries({c.name: st.one_of(st.fixed_dictionaries(dict(thoughts=FIELD, rating=NUMBERS)), VALUES)
+                                             for c in RUBRIC}), VALUES))
+property_test = hypothesis.settings(max_examples=int(os.environ.get("EXAMPLES", 200)), deadline=None, database=None, derandomize=True,
+                                    suppress_health_check=list(hypothesis.HealthCheck))
+
+
+@st.composite
+def replies(draw, kind):
+    """JSON of nearly the right form, whole, cut off, embedded, nested deeply, or no JSON at all."""
+    text = json.dumps(draw(REPLIES[kind]), ensure_ascii=draw(st.booleans()))
+    form = draw(st.integers(0, 9))
+    if form == 0:
+        return draw(st.text(max_size=200))
+    if form == 1:
+        return text[:draw(st.integers(0, len(text)))]
+    if form == 2:
+        return draw(st.text(max_size=20)) + text + draw(st.text(max_size=20))
+    if form == 3:
+        depth = draw(st.sampled_from([10, 500, 900, 1000, 10_000]))
+        return draw(st.sampled_from(['{"a":', '{"criteria":[', '{"facts":', "["])) * depth + text + "}" * depth
+    if form == 4:
+        return text.replace('"', draw(st.sampled_from(["'", "\\", '"', "\0"])), draw(st.integers(0, 4)))
+    return text
+
+
+@property_test
+@hypothesis.given(replies("task"))
+def test_any_task(reply):
+    # a reply of the proposer raises something else than ParseError, or a text comes through that cannot be encoded
+    try:
+        task, reference = pop.parse_task(reply)
+    except ParseError as error:
+        assert re.fullmatch(r"[a-z_]+", error.reason)
+        return
+    for text in (task, reference):
+        assert text.strip() and text.encode() and "\0" not in text
+        assert not pop.TAGS.search(pop.fence("task", text).removeprefix("<task>").removesuffix("</task>"))
+
+
+@property_test
+@hypothesis.given(replies("rubric"))
+def test_any_rubric(reply):
+    # a reply of the rubric writer raises something else than ParseError, or a weight comes through that makes rewards NaN
+    try:
+        rubric = pop.parse_rubric(reply)
+    except ParseError as error:
+        assert re.fullmatch(r"[a-z_]+", error.reason)
+        return
+    assert 1 <= len(rubric) <= 5 and len({c.name for c in rubric}) == len(rubric)
+    assert all(c.name and c.gold.encode() and c.description and 0 < c.weight < math.inf for c in rubric)
+    assert [pop.rubric_score([v] * len(rubric), [c.weight for c in rubric]) for v in (0, 1, 2)] == pytest.approx([0, 0.5, 1])
+
+
+@property_test
+@hypothesis.given(replies("verdict"))
+def test_any_verdict(reply):
+    # a reply of the judge raises something else than ParseError, or a rating that is none makes the reward
+    try:
+        ratings = pop.parse_verdict(reply, RUBRIC)
+    except ParseError as error:
+        assert re.fullmatch(r"[a-z_]+", error.reason)
+        return
+    assert len(ratings) == 2 and set(ratings) <= {0, 1, 2} and math.isfinite(pop.rubric_score(ratings, [3, 1]))
+
+
+@property_test
+@hypothesis.given(st.lists(st.tuples(st.one_of(NUMBERS, st.floats(0, 2)), st.one_of(NUMBERS, st.floats(1e-300, 1e300))), max_size=6))
+def test_any_score(rows):
+    # a score is not in [0, 1], or numbers that are none pass
+    ratings, weights = [v for v, _ in rows], [w for _, w in rows]
+    if rows and all(0 <= v <= 2 for v in ratings) and all(0 < w < math.inf for w in weights):
+        score = pop.rubric_score(ratings, weights)
+        assert 0 <= score <= 1 and min(ratings) / 2 - 1e-9 <= score <= max(ratings) / 2 + 1e-9
+    else:
+        with pytest.raises(ValueError):
+            pop.rubric_score(ratings, weights)
+
+
+@property_test
+@hypothesis.given(st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 0.5, math.nan, 5e-324, 1e-7])), max_size=12),
+                  st.sampled_from(["mean", "rloo", "grpo"]))
+def test_any_group(scores, kind):
+    # an advantage is NaN, has the sign of another answer, does not sum to 0, or goes to an answer that was not judged
+    advantages = pop.group_advantages(torch.tensor(scores, dtype=torch.float64), kind)
+    assert advantages.shape == (len(scores),) and advantages.isfinite().all()
+    judged = [(s, a) for s, a in zip(scores, advantages.tolist()) if s == s]
+    assert all(a == 0 for s, a in zip(scores, advantages.tolist()) if s != s) and abs(sum(a for _, a in judged)) < 1e-6 * (1 + max(map(abs, advantages.tolist()), default=0))
+    ranked = [a for _, a in sorted(judged)]
+    assert all(a <= b + 1e-12 for a, b in zip(ranked, ranked[1:]))
+
+
 # ---- advantages ----
 @pytest.mark.parametrize("kind, scores, expected", [
     ("mean", [1.0, 0.0, 0.5, 0.5], [0.5, -0.5, 0, 0]), ("rloo", [1.0, 0.0, 0.5, 0.5], [2 / 3, -2 / 3, 0, 0]),
@@ -1281,7 +1450,7 @@ METRICS = re.compile(r"step|reward_mean|reward_std|groups_kept|drop/\w+|parse_fa
                      r"advantage_(min|max)|grad_norm|entropy|engine_gap|engine_k3|ratio_clipped|answer_tokens|"
                      r"truncated|score_length_corr|learning_rate|"
                      r"seconds/(propose|rubric|answer|judge|update|sync|save)|"
-                     r"tokens_per_second|peak_memory_gb|kl_base|eval_reward|dpo_(accuracy|margin)")
+                     r"tokens_per_second|peak_memory_gb|kl_base|eval_reward|dpo_(accuracy|margin)|skipped_updates")
 
 
 @pytest.mark.parametrize("scoring, judge_fails, good", [("pointwise", 6, [0.5, 1.0]), ("expected", 2, [0.5, 0.989899])])
@@ -1401,9 +1570,11 @@ def test_interrupted_save_is_not_resumed(make_model, tiny_policy, tmp_path):
 # ---- several ranks ----
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 RANKS = """
-import os, sys, time, pop
+import os, resource, sys, time, pop
 from test_pop import FakeEngine
 pop.Engine, updates = FakeEngine, pop.update_policy
+if "FILE_LIMIT" in os.environ:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_LIMIT"]),) * 2)
 
 def update(model, optimizer, groups, cfg):
     if os.environ.get("FAILS") == f"{pop.RANK}":
@@ -1464,6 +1635,256 @@ def test_a_failing_rank_ends_the_job(make_cfg, tmp_path):
     assert done.returncode and done.stderr.count("pop.py: --num_generations 1") == 1
     done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", tmp_path / "no.txt")
     assert done.returncode and done.stderr.count("pop.py: --corpus") == 1 and "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
+
+
+# ---- nothing is lost ----
+NOISE = re.compile("seconds/|tokens_per_second|peak_memory_gb")    # metrics that no two runs share
+
+
+def same_runs(one, two):
+    """Weights, optimizer, tasks seen, metrics and rollouts of two run folders are equal, bit by bit."""
+    assert [{k: v for k, v in m.items() if not NOISE.match(k)} for m in read_lines(one / "metrics.jsonl")] == [
+        {k: v for k, v in m.items() if not NOISE.match(k)} for m in read_lines(two / "metrics.jsonl")]
+    for pattern in ("rollouts/*", "checkpoints/*", "checkpoints/*/*.safetensors"):
+        names = [sorted(path.relative_to(run) for path in run.glob(pattern)) for run in (one, two)]
+        assert names[0] == names[1] != []
+        assert [n for n in names[0] if (one / n).is_file() and (one / n).read_bytes() != (two / n).read_bytes()] == []
+    states = [json.loads((checkpoints(run)[-1] / "trainer_state.json").read_text()) for run in (one, two)]
+    assert all(states[0][key] == states[1][key] for key in ("step", "seen", "pairs"))
+
+
+def start_run(folder, *args):
+    """A process that runs RANKS with the given flags, still at work; its output goes to folder/out.txt."""
+    (folder / "ranks.py").write_text(RANKS)
+    with open(folder / "out.txt", "w") as out:
+        return subprocess.Popen([sys.executable, folder / "ranks.py", *map(str, args)], cwd=REPO, stdout=out, stderr=out,
+                                env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"))
+
+
+def wait_for(condition, process, seconds=120):
+    for _ in range(20 * seconds):
+        if condition() or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    pytest.fail("waited in vain")
+
+
+def test_killed_runs_equal_an_unbroken_one(make_cfg, tmp_path):
+    # a killed run doubles or loses lines of its log, keeps rollouts of weights that are gone, goes on from half a checkpoint,
+    # or with other documents, tasks, pairs or moments
+    kills = int(os.environ.get("KILLS", 4))
+    cfg, rng = make_cfg(), random.Random(6)
+    flags = ["--preset=tiny", f"--model={cfg.model}", f"--corpus={cfg.corpus}", "--docs_per_step=2", "--lora_rank=4", "--save_every=2",
+             "--keep_last=3", "--learning_rate=0.01", "--scoring=pointwise", f"--num_steps={10 * kills}"]
+    whole = start_run(tmp_path, *flags, f"--run_dir={tmp_path / 'whole'}")
+    assert whole.wait(300) == 0, (tmp_path / "out.txt").read_text()[-3000:]
+    run, made = tmp_path / "parts", []
+    for kill in range(kills + 1):
+        resume = ["--resume"] if (run / "config.json").exists() else []
+        process = start_run(tmp_path, *flags, f"--run_dir={run}", *resume)
+        if kill == kills:
+            assert process.wait(300) == 0, (tmp_path / "out.txt").read_text()[-3000:]
+            break
+        before = {path.name for path in run.glob("checkpoints/*")}
+        if kill % 4:    # the first is killed at any moment of its start
+            wait_for(lambda: {path.name for path in run.glob("checkpoints/*")} - before, process)    # half written ones, too
+        time.sleep(rng.uniform(0, 1 if kill % 4 else 6))
+        process.kill()
+        process.wait()
+        made.append(len((run / "metrics.jsonl").read_bytes().splitlines()) if (run / "metrics.jsonl").exists() else 0)
+    print("lines of the log at each kill:", made)
+    same_runs(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize("ranks, number", [(0, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves(ranks, number, make_cfg, tmp_path):
+    # an ended job loses what it made since the last checkpoint, does not say how to go on, or goes on with other tasks
+    cfg = make_cfg()
+    flags = ["--preset=tiny", f"--model={cfg.model}", f"--corpus={cfg.corpus}", "--docs_per_step=2", "--lora_rank=4", "--learning_rate=0.01"]
+    (tmp_path / "ranks.py").write_text(RANKS)
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    with open(out, "w") as file:
+        process = subprocess.Popen([sys.executable, *([*TORCHRUN, str(ranks)] if ranks else []), tmp_path / "ranks.py", *flags,
+                                    "--num_steps=1000", f"--run_dir={run}"], cwd=REPO, stdout=file, stderr=file,
+                                   env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"))
+    wait_for(lambda: out.read_text().count("\nstep ") > 2, process)
+    process.send_signal(number)
+    assert process.wait(60) == 1, out.read_text()[-3000:]
+    [(steps, name)] = re.findall(r"^pop.py: stopped after (\d+) steps: (\w+); .*--resume --run_dir ", out.read_text(), re.MULTILINE)
+    assert name == number.name and [p.name for p in checkpoints(run)] == [f"step_{int(steps):06d}"]
+    assert len(read_lines(run / "metrics.jsonl")) == int(steps) < 1000 and list(run.glob("checkpoints/*.part")) == []
+    steps = int(steps) + 3
+    done = start_ranks(ranks, tmp_path, *flags, f"--num_steps={steps}", f"--run_dir={run}", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    if not ranks:
+        assert start_ranks(0, tmp_path, *flags, f"--num_steps={steps}", f"--run_dir={tmp_path / 'whole'}").returncode == 0
+        for folder in checkpoints(run)[:-1]:
+            shutil.rmtree(folder)
+        same_runs(tmp_path / "whole", run)
+
+
+def test_signal_before_the_first_step_is_made(make_cfg, monkeypatch, tmp_path, capsys):
+    # a run that is stopped at once writes a checkpoint of nothing, or cannot be resumed
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    sample = FakeEngine.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngine, "sample", lambda self, *a: self.request_stop(signal.SIGTERM, None) or sample(self, *a))
+        with pytest.raises(SystemExit) as stop:
+            pop.main(make_cfg(num_steps=2))
+    assert stop.value.code == 1 and "stopped after 0 steps: SIGTERM" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "run") == [] and (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    pop.main(make_cfg(num_steps=2, resume=True))
+    pop.main(make_cfg(num_steps=2, run_dir=tmp_path / "whole"))
+    same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_keep_last(make_cfg, monkeypatch, tmp_path):
+    # the disk fills up with checkpoints, or the newest is removed
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    for keep, steps in ((0, [2, 4, 5]), (1, [5]), (2, [4, 5])):
+        pop.main(make_cfg(num_steps=5, save_every=2, keep_last=keep, run_dir=tmp_path / f"{keep}"))
+        assert sorted(p.name for p in (tmp_path / f"{keep}" / "checkpoints").iterdir()) == [f"step_{n:06d}" for n in steps]
+
+
+def test_global_random_numbers_repeat(make_cfg, monkeypatch, tmp_path):
+    # a fork that draws from torch, numpy or random draws other numbers after it was resumed
+    import numpy
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    drawn, batch = [], pop.corpus_batch
+    monkeypatch.setattr(pop, "corpus_batch", lambda *a: drawn.append(
+        (random.random(), numpy.random.rand(), torch.rand(1).item())) or batch(*a))
+    for name, *runs in (("whole", dict(num_steps=4)), ("parts", dict(num_steps=2), dict(num_steps=4, resume=True))):
+        for more in runs:
+            torch.manual_seed(len(drawn)), random.seed(len(drawn)), numpy.random.seed(len(drawn))
+            pop.main(make_cfg(run_dir=tmp_path / name, **more))
+    assert drawn[:4] == drawn[4:] and len(set(drawn)) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no_state", "not_json", "another_program", "another_run"])
+def test_damaged_checkpoints(damage, make_cfg, monkeypatch, tmp_path, capsys):
+    # a checkpoint that cannot be used ends in a traceback after the engine was started, or is used
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    pop.main(make_cfg(num_steps=2, save_every=1))
+    [_, newest] = checkpoints(tmp_path / "run")
+    weights, state = newest / "trainer_state.safetensors", newest / "trainer_state.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "no_state":
+        state.unlink()
+    elif damage == "not_json":
+        state.write_bytes(state.read_bytes()[:-100])
+    elif damage == "another_program":
+        state.write_text("[1, 2]")
+    else:
+        pop.main(make_cfg(num_steps=2, run_dir=tmp_path / "other", lora_rank=8))
+        shutil.rmtree(newest)
+        shutil.copytree(checkpoints(tmp_path / "other")[-1], newest)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(pop, "Engine", lambda cfg: pytest.fail("the engine was started"))
+        line = fails(capsys, pop.main, make_cfg(num_steps=3, resume=True))
+    assert ("--lora_rank 4" if damage == "another_run" else "step_000002 is damaged") in line
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    shutil.rmtree(newest)    # as the line says
+    pop.main(make_cfg(num_steps=3, resume=True))
+    assert [m["step"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_one_process_a_folder(make_cfg, monkeypatch, tmp_path, capsys):
+    # two processes write into one run, or the folder of a dead one is closed for ever
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    cfg = make_cfg()
+    flags = ["--preset=tiny", f"--model={cfg.model}", f"--corpus={cfg.corpus}", "--docs_per_step=2", "--num_steps=1", "--lora_rank=4"]
+    assert start_ranks(0, tmp_path, *flags, f"--run_dir={tmp_path / 'run'}").returncode == 0
+    other = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time\nf = open(sys.argv[1], 'r+')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+                              "print('mine', flush=True)\ntime.sleep(600)", tmp_path / "run" / "lock"], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"mine\n"
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "another process works in it" in fails(capsys, pop.main, make_cfg(num_steps=2, resume=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    other.kill()
+    other.wait()
+    pop.main(make_cfg(num_steps=2, resume=True))
+
+
+def test_folder_that_cannot_be_written(make_cfg, monkeypatch, tmp_path, capsys):
+    # a run folder that cannot be made ends in a traceback
+    monkeypatch.setattr(pop, "Engine", lambda cfg: pytest.fail("the engine was started"))
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, pop.main, make_cfg(run_dir=tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("limit", [60_000, 300_000])
+def test_full_disk(limit, make_cfg, tmp_path):
+    # a disk that fills up ends the run with a traceback, or half a checkpoint is taken for a whole one
+    cfg = make_cfg()
+    flags = ["--preset=tiny", f"--model={cfg.model}", f"--corpus={cfg.corpus}", "--docs_per_step=2", "--num_steps=3", "--save_every=1",
+             f"--run_dir={tmp_path / 'run'}"]
+    done = start_ranks(0, tmp_path, *flags, "--lora_rank=0", FILE_LIMIT=str(limit))
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("pop.py: ")]
+    assert done.returncode == 2 and "cannot be written" in line and "Traceback" not in done.stderr
+    assert checkpoints(tmp_path / "run") == []
+    done = start_ranks(0, tmp_path, *flags, "--lora_rank=0", "--resume")    # there is room again
+    assert done.returncode == 0 and len(checkpoints(tmp_path / "run")) == 3 and list((tmp_path / "run" / "checkpoints").glob("*.part")) == []
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_update_that_is_not_finite_is_skipped(broken, make_model, monkeypatch):
+    # one NaN makes all weights NaN, or costs the minibatches after it
+    cfg, model = make_model(minibatches=2)
+    optimizer, loss, calls = pop.make_optimizer(model, cfg), pop.policy_gradient_loss, []
+
+    def break_first(logprobs, *args):
+        value, sums = loss(logprobs, *args)
+        if not calls and broken == "gradient":
+            logprobs.register_hook(lambda grad: grad * math.inf)
+        calls.append(0)
+        return (value * math.nan if len(calls) == 1 and broken == "loss" else value), sums
+    monkeypatch.setattr(pop, "policy_gradient_loss", break_first)
+    before = lora_parameters(model)
+    metrics = pop.update_policy(model, optimizer, training_groups(), cfg)
+    assert metrics["skipped_updates"] == 1 and math.isfinite(metrics["loss"]) and 0 < metrics["grad_norm"] < math.inf
+    after = lora_parameters(model)
+    assert all(p.isfinite().all() for p in after.values()) and any((after[name] != before[name]).any() for name in before)
+    calls.clear()
+    metrics = pop.update_policy(model, optimizer, training_groups()[:1], cfg)    # nothing is left of it
+    assert metrics == dict(skipped_updates=1)
+    assert all(torch.equal(p, after[name]) for name, p in lora_parameters(model).items())
+    assert "skipped_updates" not in pop.update_policy(model, optimizer, training_groups(), cfg)
+
+
+def test_three_updates_that_are_not_finite_stop_the_run(make_cfg, monkeypatch, tmp_path, capsys):
+    # a run samples for days with weights that cannot train any more; or one bad step ends it
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    loss, calls = pop.policy_gradient_loss, Counter()
+
+    def sometimes(*args):
+        value, sums = loss(*args)
+        return value * math.nan if calls["step"] in (1, 2, 4, 5, 6) else value, sums
+    monkeypatch.setattr(pop, "policy_gradient_loss", sometimes)
+    log_step = pop.log_step
+    monkeypatch.setattr(pop, "log_step", lambda *args: calls.update(["step"]) or log_step(*args))
+    with pytest.raises(SystemExit) as stop:
+        pop.main(make_cfg(num_steps=9))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and "stopped after 7 steps: three updates in a row" in line and "rollouts" in line
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m.get("skipped_updates", 0) for m in metrics] == [0, 1, 1, 0, 1, 1, 1] and "loss" not in metrics[1]
+    assert read_lines(tmp_path / "run" / "rollouts" / "step_000006.jsonl")[0]["completions"]
+    [folder] = checkpoints(tmp_path / "run")
+    assert folder.name == "step_000007" and all(t.isfinite().all() for t in load_file(folder / "adapter_model.safetensors").values())
+
+
+def test_corpus_smaller_than_a_batch(make_cfg, monkeypatch, tmp_path):
+    # too few documents end the run, or two groups of a step share a task
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    (tmp_path / "small.txt").write_text(documents()[0])
+    pop.main(make_cfg(corpus=tmp_path / "small.txt", num_steps=2, docs_per_step=3))
+    for step in range(2):
+        rows = read_lines(tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl")
+        assert len(rows) == 3 and len({row["document"] for row in rows}) == 1
 
 
 # ---- style ----
