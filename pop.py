@@ -548,7 +548,7 @@ def parse_comparison(text: str, kind: str) -> float:
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1].
     Raises ValueError if ratings are not in [0, 2] or weights not finite and above 0, one for each rating."""
-    usable = all(0 <= v <= 2 for v in ratings) and all(0 < w < math.inf for w in weights)
+    usable = all(0 <= v <= 2 for v in ratings) and all(0 < w <= sys.float_info.max for w in weights)
     if not usable or not len(ratings) == len(weights) > 0:
         raise ValueError(f"ratings {ratings} must be in [0, 2], weights {weights} finite and above 0, one for each")
     shares = [w / max(weights) for w in weights]    # keeps huge weights from overflowing

