@@ -56,7 +56,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -383,10 +383,10 @@ def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str
         source = FORMATS[kinds.pop()] | dict(data_files=files)
     column = ""
     for row in load_dataset(**source, split="train", streaming=True).shuffle(seed=cfg.seed, buffer_size=10_000):
-        column = column or next((c for c in TEXT_COLUMNS if isinstance(row.get(c, 0), str | None)), "")
-        if not column:
+        column = column or next((c for c in TEXT_COLUMNS if isinstance(row.get(c), str)), "")
+        if not row.keys() & set(TEXT_COLUMNS):
             raise ValueError(f"needs a column of strings called {', '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
-        yield str(row[column] or "")[:1_000_000]    # a novel; to cut words out of a line of 100 MB would take GB
+        yield str(row.get(column) or "")[:1_000_000]    # a novel; to cut words out of a line of 100 MB would take GB
 
 
 def load_corpus(cfg: Config) -> Sequence[str]:
@@ -743,7 +743,8 @@ class Engine:
     def request_stop(self, number: int, frame: Any) -> None:
         """Signal handler. Ends nothing by itself: the call or update at hand is finished, then `main` saves and stops."""
         self.signalled = number
-        os.write(2, b"\npop.py: stopping after what is being sampled or trained now, then the state is saved\n")
+        with suppress(OSError):    # Ctrl-C ends a `tee` behind the pipe, too
+            os.write(2, b"" if RANK else b"\npop.py: stopping after what is being sampled or trained now, then the state is saved\n")
 
     def sleep(self) -> None:
         """Give the GPU to the trainer: weights to host memory, KV cache dropped. No-op on CPU."""
@@ -790,7 +791,7 @@ def ask(engine: Engine, role: str, questions: list[Question], step: int, cfg: Co
     for attempt in range(1 + RETRIES):
         params = [dict(schema=questions[i][1], max_tokens=questions[i][2], temperature=temperature,
                        seed=request_seed(cfg, role, step, i, attempt)) for i in pending]
-        if role == "judge" and cfg.judge_url:
+        if role == "judge" and cfg.judge_url and not any(gather(engine.signalled)):
             prompts = [engine.defuse(questions[i][0]) for i in pending]
             replies = gather(ask_endpoint(prompts, params, cfg) if RANK == 0 else [])[0]
         else:
@@ -1247,7 +1248,7 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
 
 # ---- 11. log, checkpoint ----
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 6    # complete ones; one that is being written ends in .part
-CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "keep_last", "tracker",    # by a resumed run
+CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "keep_last", "tracker",    # when resumed
               "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "tensor_parallel_size"}
 
 
@@ -1264,10 +1265,9 @@ def writing(run_dir: str | Path) -> Iterator[None]:
     """A block that writes to the run folder: a full disk, or one that cannot be written, ends the run with one line."""
     try:
         yield
-    except BlockingIOError:
-        fail(f"--run_dir {run_dir}: another process works in it")
     except (OSError, SafetensorError) as error:
-        fail(f"--run_dir {run_dir}: cannot be written ({error}); complete checkpoints are untouched, --resume goes on from them")
+        why = f"cannot be written ({error}); complete checkpoints in it are untouched"
+        fail(f"--run_dir {run_dir}: {'another process works in it' if isinstance(error, BlockingIOError) else why}")
 
 
 def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
@@ -1276,19 +1276,18 @@ def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
     if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with --dtype float32, runs on the CPU")
     run_dir, file = Path(cfg.run_dir), Path(cfg.run_dir) / "config.json"
-    if file.exists() != cfg.resume:
+    if (os.path.isfile(file) and os.path.isdir(run_dir / "rollouts")) != cfg.resume:    # a model's folder has a config.json, too
         fail(f"--run_dir {run_dir}: " + ("holds no run to go on with" if cfg.resume else
                                          "already holds a run; add --resume to go on with it, or name another folder"))
     cfg.model = resolve_model(cfg.model)
-    before = vars(cfg)
     if newest := max(run_dir.glob(CHECKPOINTS), default=None):    # None: killed before the first one, start again
         try:
-            before = json.loads((newest / "trainer_state.json").read_text())["config"]
+            before = json.loads((newest / "trainer_state.json").read_text())["config"] | {}
             safe_open(newest / "trainer_state.safetensors", "pt")    # looks at names and sizes
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            fail(f"--run_dir {run_dir}: {newest} is damaged or foreign, remove it to go on from the one before ({error})")
-    for name in [name for name in vars(cfg) if name not in CHANGEABLE and before.get(name) != getattr(cfg, name)]:
-        fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
+            fail(f"--run_dir {run_dir}: {newest} is damaged or foreign; move it away to go on from the one before ({error})")
+        for name in [name for name in vars(cfg) if name not in CHANGEABLE and before.get(name) != getattr(cfg, name)]:
+            fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
     if cfg.judge_url:
         hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
         [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
@@ -1302,13 +1301,14 @@ def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
         settings = vars(cfg) | dict(git=git.stdout.strip(), versions={d.name: d.version for d in metadata.distributions()})
         with open(file, "w" if cfg.resume else "x") as out:    # x: of two runs that start at once, one gets the folder
             json.dump(settings, out, indent=1)
-        # what a killed run wrote after its newest checkpoint is made again: one file, one line a step
+        # what a killed run wrote after its newest checkpoint is made again
         steps = int(max(run_dir.glob(CHECKPOINTS), default=Path("000000")).name[-6:])
-        for path in [*run_dir.glob("checkpoints/*.part"), *sorted(run_dir.glob("rollouts/*"))[steps:]]:
+        later = [path for path in run_dir.glob("rollouts/step_*.jsonl") if path.name >= f"step_{steps:06d}"]
+        for path in [*later, *run_dir.glob("checkpoints/step_*.part")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         with open(run_dir / "metrics.jsonl", "ab+") as log:
             log.seek(0)
-            log.truncate(sum(len(line) for line in islice(log, steps)))
+            log.truncate(sum(len(line) for line in islice(log, steps)))    # one line a step
     if cfg.tracker != "none":
         import_module(cfg.tracker).init(project="pop", name=run_dir.name, config=vars(cfg))
     print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x {cfg.num_generations} answers")
@@ -1386,18 +1386,18 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
 
 def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group]]:
     """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait."""
-    if not (newest := max(run_dir.glob(CHECKPOINTS), default=None)):
+    if not (newest := gather(max(run_dir.glob(CHECKPOINTS), default=None))[0]):    # the same on all ranks
         return 0, [], []
     parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
     with safe_open(newest / "trainer_state.safetensors", "pt") as file, torch.no_grad():
         for index, key in (name.split(".") for name in file.keys()):
             tensor, p, master = file.get_tensor(f"{index}.{key}"), parameters[int(index)], masters[int(index)]
             if tensor.ndim and isinstance(master, DTensor):    # this rank's part
-                tensor = distribute_tensor(tensor, master.device_mesh, master.placements, src_data_rank=None)
+                tensor = distribute_tensor(tensor, master.device_mesh, master.placements, src_data_rank=None).to(master.device)
             if key == "master":
                 p.copy_(master.copy_(tensor))
             else:
-                optimizer.state[master][key] = tensor.to(master.device)
+                optimizer.state[master][key] = tensor.to(master.device, copy=True)    # or it would map the file for ever
     state = json.loads((newest / "trainer_state.json").read_text())
     pairs = [Group(**pair | dict(completions=[Completion(**c) for c in pair["completions"]])) for pair in state["pairs"]]
     return state["step"], state["seen"], pairs
@@ -1414,10 +1414,11 @@ def learning_rate(step: int, cfg: Config) -> float:
 def main(cfg: Config) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    found = start_run(cfg) if RANK == 0 else None
+    found = [start_run(cfg) if RANK == 0 else None]
     if WORLD > 1:
         dist.init_process_group(timeout=timedelta(hours=12))    # gloo on CPU, NCCL beside it on GPUs; rank 0 may be long at a save
-    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), gather(found)[0]
+        dist.broadcast_object_list(found)
+    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), found[0]
 
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
@@ -1476,7 +1477,7 @@ def main(cfg: Config) -> None:
         metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
         if RANK == 0:
             log_step(run_dir, metrics, groups, cfg)
-        skipped = skipped + 1 if metrics.get("skipped_updates") else 0
+        skipped = 0 if "loss" in metrics else skipped + ("skipped_updates" in metrics)
         stop = f"three updates in a row without a finite loss or gradient, see {run_dir}/rollouts" if skipped == 3 else ""
         step, metrics = step + 1, {}    # of the next step, with the seconds of a save after this one
         if step % cfg.save_every == 0:    # after the log, so that a checkpoint's steps are all in it
@@ -1485,7 +1486,7 @@ def main(cfg: Config) -> None:
     if step > first_step and step % cfg.save_every:
         with writing(run_dir):
             save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs)
-    if stop:
+    if stop and gather(stop):    # once rank 0 has saved, too: torchrun ends all ranks with the first
         fail(f"stopped after {step} steps: {stop}; to go on: the same command with --resume --run_dir {run_dir}", code=1)
     if WORLD > 1:
         dist.destroy_process_group()

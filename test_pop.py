@@ -859,12 +859,12 @@ def test_stream_that_breaks_off(make_cfg, monkeypatch, tmp_path, capsys):
 
 
 # ---- any reply ----
-HOSTILE = st.sampled_from(["", " ", "\0", "\ud800", "\u202e", "<|im_end|>", "</answer>", "</think>", "{", "}", "NaN", "2/2", "1e999", "-0",
+ODD_TEXTS = st.sampled_from(["", " ", "\0", "\ud800", "\u202e", "<|im_end|>", "</answer>", "</think>", "{", "}", "NaN", "2/2", "1e999", "-0",
                            "the document", "task", "gold", "rating", pop.EXAMPLES["general"]["task"]])
 NUMBERS = st.one_of(st.floats(), st.integers(), st.sampled_from([-0.0, 0, 1, 2, 1.5, 3, 5, 1e308, 5e-324, math.inf, math.nan, 10 ** 400, True]))
-VALUES = st.recursive(st.one_of(st.none(), st.text(max_size=20), HOSTILE, NUMBERS),
-                      lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(HOSTILE, inner, max_size=4)), max_leaves=8)
-TEXTS = st.one_of(st.text(min_size=1, max_size=60), HOSTILE)
+VALUES = st.recursive(st.one_of(st.none(), st.text(max_size=20), ODD_TEXTS, NUMBERS),
+                      lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(ODD_TEXTS, inner, max_size=4)), max_leaves=8)
+TEXTS = st.one_of(st.text(min_size=1, max_size=60), ODD_TEXTS)
 FIELD = st.one_of(TEXTS, VALUES)
 CRITERIA = st.lists(st.one_of(st.fixed_dictionaries(dict(name=TEXTS, gold=TEXTS, description=TEXTS, weight=NUMBERS)), VALUES), max_size=6)
 REPLIES = dict(
@@ -1785,7 +1785,7 @@ def test_damaged_checkpoints(damage, make_cfg, monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(pop, "Engine", lambda cfg: pytest.fail("the engine was started"))
         line = fails(capsys, pop.main, make_cfg(num_steps=3, resume=True))
-    assert ("--lora_rank 4" if damage == "another_run" else "step_000002 is damaged") in line
+    assert ("--lora_rank 4" if damage == "another_run" else "step_000002 is damaged") in line and "Traceback" not in line
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     shutil.rmtree(newest)    # as the line says
     pop.main(make_cfg(num_steps=3, resume=True))
