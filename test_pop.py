@@ -1723,18 +1723,49 @@ def test_a_signal_saves(ranks, number, make_cfg, tmp_path):
         same_runs(tmp_path / "whole", run)
 
 
-def test_signal_before_the_first_step_is_made(make_cfg, monkeypatch, tmp_path, capsys):
-    # a run that is stopped at once writes a checkpoint of nothing, or cannot be resumed
+@pytest.mark.parametrize("steps", [0, 1])
+def test_signal_while_answers_are_sampled(steps, make_cfg, monkeypatch, tmp_path, capsys):
+    # a stopped run keeps the tasks of a step that it did not finish, and refuses them when it is resumed; or it writes a
+    # checkpoint of nothing
     monkeypatch.setattr(pop, "Engine", FakeEngine)
-    sample = FakeEngine.sample
+    sample, calls = FakeEngine.sample, []
+
+    def stop(self, prompts, params, phase):
+        assert not self.signalled    # nothing more is sampled
+        calls.extend([phase] if phase == "solver" else [])
+        if len(calls) > steps:
+            self.request_stop(signal.SIGTERM, None)
+        return sample(self, prompts, params, phase)
     with monkeypatch.context() as patch:
-        patch.setattr(FakeEngine, "sample", lambda self, *a: self.request_stop(signal.SIGTERM, None) or sample(self, *a))
-        with pytest.raises(SystemExit) as stop:
-            pop.main(make_cfg(num_steps=2))
-    assert stop.value.code == 1 and "stopped after 0 steps: SIGTERM" in capsys.readouterr().err
-    assert checkpoints(tmp_path / "run") == [] and (tmp_path / "run" / "metrics.jsonl").read_text() == ""
-    pop.main(make_cfg(num_steps=2, resume=True))
-    pop.main(make_cfg(num_steps=2, run_dir=tmp_path / "whole"))
+        patch.setattr(FakeEngine, "sample", stop)
+        with pytest.raises(SystemExit) as ended:
+            pop.main(make_cfg(num_steps=3))
+    assert ended.value.code == 1 and f"stopped after {steps} steps: SIGTERM" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert [p.name for p in checkpoints(run)] == ["step_000001"][:steps] and len(read_lines(run / "metrics.jsonl")) == steps
+    pop.main(make_cfg(num_steps=3, resume=True))
+    pop.main(make_cfg(num_steps=3, run_dir=tmp_path / "whole"))
+    for folder in checkpoints(run)[:-1]:
+        shutil.rmtree(folder)
+    same_runs(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["log_step", "save_checkpoint"])
+def test_killed_between_log_and_checkpoint(name, make_cfg, monkeypatch, tmp_path):
+    # the step of a checkpoint is missing in the log, or there twice
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    function, calls = getattr(pop, name), []
+
+    def killed(*args):
+        function(*args)
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pop, name, killed)
+        pop.main(make_cfg(num_steps=4, save_every=1))
+    pop.main(make_cfg(num_steps=4, save_every=1, resume=True))
+    pop.main(make_cfg(num_steps=4, save_every=1, run_dir=tmp_path / "whole"))
     same_runs(tmp_path / "run", tmp_path / "whole")
 
 
@@ -1790,6 +1821,46 @@ def test_damaged_checkpoints(damage, make_cfg, monkeypatch, tmp_path, capsys):
     shutil.rmtree(newest)    # as the line says
     pop.main(make_cfg(num_steps=3, resume=True))
     assert [m["step"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_resume_touches_only_its_own_files(make_cfg, monkeypatch, tmp_path, capsys):
+    # a typing error in --run_dir overwrites the config.json of a model, or somebody's notes are deleted
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    pop.main(make_cfg(num_steps=2, save_every=1))
+    run = tmp_path / "run"
+    (run / "rollouts" / "analysis.json").write_text("1")
+    notes = [run / "rollouts" / "zz", run / "checkpoints" / "notes.part"]
+    for folder in notes:
+        folder.mkdir()
+    shutil.rmtree(run / "checkpoints" / "step_000002")
+    pop.main(make_cfg(num_steps=3, resume=True))
+    assert (run / "rollouts" / "analysis.json").exists() and all(folder.exists() for folder in notes)
+    assert [m["step"] for m in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+    assert len(list((run / "rollouts").glob("step_*.jsonl"))) == 3
+    model = tmp_path / "model"
+    shutil.copytree(make_cfg().model, model)
+    before = {path: path.read_bytes() for path in model.rglob("*")}
+    assert "holds no run" in fails(capsys, pop.main, make_cfg(run_dir=model, resume=True))
+    assert {path: path.read_bytes() for path in model.rglob("*")} == before
+
+
+def test_bf16_weights_come_back(make_model, tiny_policy, tmp_path):
+    # a resumed run samples from the base weights, or its next update starts from rounded masters
+    from transformers import AutoTokenizer
+    runs = []
+    for resumed in (False, True):
+        cfg, model = make_model(lora_rank=0, dtype="bfloat16", learning_rate=1e-3)
+        optimizer = pop.make_optimizer(model, cfg)
+        if resumed:
+            assert pop.load_checkpoint(tmp_path, model, optimizer) == (1, [], [])
+            assert all(torch.equal(p, q) for p, q in zip(saved, model.parameters(), strict=True))
+        else:
+            pop.update_policy(model, optimizer, training_groups(), cfg)
+            pop.save_checkpoint(tmp_path, 1, model, optimizer, AutoTokenizer.from_pretrained(tiny_policy), cfg)
+            saved = [p.detach().clone() for p in model.parameters()]
+        pop.update_policy(model, optimizer, training_groups(), cfg)
+        runs.append([*optimizer.param_groups[0]["params"], *model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
 def test_one_process_a_folder(make_cfg, monkeypatch, tmp_path, capsys):
@@ -1862,19 +1933,26 @@ def test_three_updates_that_are_not_finite_stop_the_run(make_cfg, monkeypatch, t
 
     def sometimes(*args):
         value, sums = loss(*args)
-        return value * math.nan if calls["step"] in (1, 2, 4, 5, 6) else value, sums
+        return value * math.nan if calls["step"] in (1, 2, 4, 5, 7) else value, sums
     monkeypatch.setattr(pop, "policy_gradient_loss", sometimes)
     log_step = pop.log_step
     monkeypatch.setattr(pop, "log_step", lambda *args: calls.update(["step"]) or log_step(*args))
+    advantages = pop.set_advantages
+
+    def drop(groups, cfg):
+        advantages(groups, cfg)
+        for group in groups if calls["step"] == 6 else []:    # a step without an update is no good one
+            group.drop_reason = "judge"
+    monkeypatch.setattr(pop, "set_advantages", drop)
     with pytest.raises(SystemExit) as stop:
         pop.main(make_cfg(num_steps=9))
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 1 and "stopped after 7 steps: three updates in a row" in line and "rollouts" in line
+    assert stop.value.code == 1 and "stopped after 8 steps: three updates in a row" in line and "rollouts" in line
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [m.get("skipped_updates", 0) for m in metrics] == [0, 1, 1, 0, 1, 1, 1] and "loss" not in metrics[1]
-    assert read_lines(tmp_path / "run" / "rollouts" / "step_000006.jsonl")[0]["completions"]
+    assert [m.get("skipped_updates", 0) for m in metrics] == [0, 1, 1, 0, 1, 1, 0, 1] and "loss" not in metrics[1]
+    assert read_lines(tmp_path / "run" / "rollouts" / "step_000007.jsonl")[0]["completions"]
     [folder] = checkpoints(tmp_path / "run")
-    assert folder.name == "step_000007" and all(t.isfinite().all() for t in load_file(folder / "adapter_model.safetensors").values())
+    assert folder.name == "step_000008" and all(t.isfinite().all() for t in load_file(folder / "adapter_model.safetensors").values())
 
 
 def test_corpus_smaller_than_a_batch(make_cfg, monkeypatch, tmp_path):
