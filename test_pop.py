@@ -937,6 +937,7 @@ def test_any_verdict(reply):
 
 @property_test
 @hypothesis.given(st.lists(st.tuples(st.one_of(NUMBERS, st.floats(0, 2)), st.one_of(NUMBERS, st.floats(1e-300, 1e300))), max_size=6))
+@hypothesis.example([(1, 10 ** 400)])    # no float holds it
 def test_any_score(rows):
     # a score is not in [0, 1], or numbers that are none pass
     ratings, weights = [v for v, _ in rows], [w for _, w in rows]
@@ -1830,9 +1831,11 @@ def test_resume_touches_only_its_own_files(make_cfg, monkeypatch, tmp_path, caps
     run = tmp_path / "run"
     (run / "rollouts" / "analysis.json").write_text("1")
     notes = [run / "rollouts" / "zz", run / "checkpoints" / "notes.part"]
-    for folder in notes:
+    for folder in (*notes, run / "checkpoints" / "step_000009.part"):
         folder.mkdir()
     shutil.rmtree(run / "checkpoints" / "step_000002")
+    pop.main(make_cfg(num_steps=1, resume=True))    # nothing to do: what came later is gone
+    assert sorted(path.name for path in run.glob("*/step_*")) == ["step_000000.jsonl", "step_000001"]
     pop.main(make_cfg(num_steps=3, resume=True))
     assert (run / "rollouts" / "analysis.json").exists() and all(folder.exists() for folder in notes)
     assert [m["step"] for m in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
