@@ -180,7 +180,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     paper = PAPER | dict(rubric_candidates=4 if chosen.domain == "writing" else 11)
     parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
     cfg = Config(**vars(parser.parse_args(argv)))
-
     rate, warmup = 1e-5 if cfg.lora_rank else 1e-6, cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
     cfg.learning_rate = rate if cfg.learning_rate is None else cfg.learning_rate
     cfg.warmup_steps = warmup if cfg.warmup_steps is None else cfg.warmup_steps
@@ -638,6 +637,7 @@ class Engine:
         from transformers import AutoTokenizer
         from vllm import LLM
         self.cfg, self.version, self.on_gpu, self.base_logprobs = cfg, 0, torch.cuda.is_available(), None
+        torch._dynamo.config.disable |= not (self.on_gpu or shutil.which("g++"))    # vLLM compiles its sampler even if eager
         # On CPU a seeded request must not be split over two engine steps: room for all prompts of a call. Prompts share blocks
         # of 32 tokens, not 128: rollouts of a 0.5B model 1.3 times as fast. Compiled decoding costs minutes: for long runs
         device = dict(enable_sleep_mode=True) if self.on_gpu else dict(kv_cache_memory_bytes=2 << 30, block_size=32,
@@ -645,7 +645,7 @@ class Engine:
         if WORLD > 1:
             device |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel_size)
         self.llm = LLM(cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed, enable_prefix_caching=True,
-                       enforce_eager=cfg.num_steps < 20 or not (self.on_gpu or shutil.which("g++")),
+                       enforce_eager=cfg.num_steps < 20 or torch._dynamo.config.disable,
                        gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs",    # at the temperature
                        structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True), **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)

@@ -589,6 +589,17 @@ def test_engine_stops_where_the_template_ends_a_turn(tiny_policy, make_cfg, monk
         assert pop.Engine(make_cfg(model=folder)).stop == ([tokenizer.convert_tokens_to_ids(end)] if end else [])
 
 
+@pytest.mark.parametrize("compiler, num_steps, eager", [("/usr/bin/g++", 100, False), ("/usr/bin/g++", 3, True), (None, 100, True)])
+def test_no_compiler(compiler, num_steps, eager, make_cfg, monkeypatch):
+    # a machine without g++ dies in the first call: vLLM compiles its sampler even where nothing else is compiled
+    settings = {}
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: settings.update(k)))
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    pop.Engine(make_cfg(num_steps=num_steps))
+    assert settings["enforce_eager"] == eager and torch._dynamo.config.disable == (compiler is None)
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_worked_examples_parse(domain, make_cfg, monkeypatch):
     # a worked example teaches a form that the parser refuses
