@@ -594,10 +594,10 @@ def test_no_compiler(compiler, num_steps, eager, make_cfg, monkeypatch):
     # a machine without g++ dies in the first call: vLLM compiles its sampler even where nothing else is compiled
     settings = {}
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda *a, **k: settings.update(k)))
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
-    pop.Engine(make_cfg(num_steps=num_steps))
-    assert settings["enforce_eager"] == eager and torch._dynamo.config.disable == (compiler is None)
+    with torch._dynamo.config.patch(disable=False):
+        pop.Engine(make_cfg(num_steps=num_steps))
+        assert settings["enforce_eager"] == eager and torch._dynamo.config.disable == (compiler is None)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
