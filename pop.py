@@ -167,7 +167,7 @@ PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, doc_wind
 def fail(message: str, code: int = 2) -> None:
     """One line on stderr and an exit code: what is wrong, which flag, what to do."""
     if LOCAL_RANK == 0:
-        print(f"pop.py: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -180,9 +180,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     paper = PAPER | dict(rubric_candidates=4 if chosen.domain == "writing" else 11)
     parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
     cfg = Config(**vars(parser.parse_args(argv)))
-    rate, warmup = 1e-5 if cfg.lora_rank else 1e-6, cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
-    cfg.learning_rate = rate if cfg.learning_rate is None else cfg.learning_rate
-    cfg.warmup_steps = warmup if cfg.warmup_steps is None else cfg.warmup_steps
+    if cfg.learning_rate is None:
+        cfg.learning_rate = 1e-5 if cfg.lora_rank else 1e-6
+    if cfg.warmup_steps is None:
+        cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
     check_flags(cfg, {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
     cfg.lora_alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1059,8 +1060,7 @@ def named_weights(model: nn.Module, base: bool = False) -> Iterator[tuple[str, T
     state = model.base_state if base and hasattr(model, "base_state") else model.state_dict()
     for name, tensor in state.items():
         owner, _, kind = name.rpartition(".")
-        if kind == "weight" and not base and isinstance(modules[owner], LoRALinear):
-            layer = modules[owner]
+        if kind == "weight" and not base and isinstance(layer := modules[owner], LoRALinear):
             tensor = (tensor.float() + layer.scale * layer.lora_B @ layer.lora_A).to(tensor.dtype)    # (out, in)
         if kind not in ("lora_A", "lora_B"):
             yield name, whole(tensor)

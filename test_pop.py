@@ -838,7 +838,7 @@ def test_hostile_corpora(suffix, content, usable, make_cfg, tmp_path, capsys):
     if isinstance(usable, str):
         with pytest.raises(SystemExit) as stop:    # datasets may log a line of its own
             pop.load_corpus(cfg)
-        assert stop.value.code == 2 and len(re.findall(f"^pop.py: {usable} .*", capsys.readouterr().err, re.MULTILINE)) == 1
+        assert stop.value.code == 2 and len(re.findall(rf"^\S+: {usable} .*", capsys.readouterr().err, re.MULTILINE)) == 1
         return
     corpus = pop.load_corpus(cfg)
     assert GOOD_TEXT in corpus and (usable is None or sorted(corpus) == sorted(t.strip() for t in usable))
@@ -1644,9 +1644,9 @@ def test_a_failing_rank_ends_the_job(make_cfg, tmp_path):
     done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", cfg.corpus, "--run_dir", tmp_path / "run", FAILS="1")
     assert done.returncode and "this rank is out of order" in done.stderr and time.monotonic() - start < 120
     done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", cfg.corpus, "--num_generations", "1")
-    assert done.returncode and done.stderr.count("pop.py: --num_generations 1") == 1
+    assert done.returncode and done.stderr.count("ranks.py: --num_generations 1") == 1
     done = start_ranks(2, tmp_path, "--preset=tiny", "--model", cfg.model, "--corpus", tmp_path / "no.txt")
-    assert done.returncode and done.stderr.count("pop.py: --corpus") == 1 and "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
+    assert done.returncode and done.stderr.count("ranks.py: --corpus") == 1 and "exitcode  : 2" in done.stderr.partition("Root Cause")[2]
 
 
 # ---- nothing is lost ----
@@ -1673,10 +1673,14 @@ def start_run(folder, *args):
                                 env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"))
 
 
-def wait_for(condition, process, seconds=120):
+def wait_until(ready, process, seconds=300):
+    """Wait until ready() is true; OSErrors are a no. A process that ends is no reason to wait on."""
     for _ in range(20 * seconds):
-        if condition() or process.poll() is not None:
-            return
+        try:
+            if ready() or process.poll() is not None:
+                return
+        except OSError:
+            pass
         time.sleep(0.05)
     pytest.fail("waited in vain")
 
@@ -1699,7 +1703,7 @@ def test_killed_runs_equal_an_unbroken_one(make_cfg, tmp_path):
             break
         before = {path.name for path in run.glob("checkpoints/*")}
         if kill % 4:    # the first is killed at any moment of its start
-            wait_for(lambda: {path.name for path in run.glob("checkpoints/*")} - before, process)    # half written ones, too
+            wait_until(lambda: {path.name for path in run.glob("checkpoints/*")} - before, process)    # half written ones, too
         time.sleep(rng.uniform(0, 1 if kill % 4 else 6))
         process.kill()
         process.wait()
@@ -1719,7 +1723,7 @@ def test_a_signal_saves(ranks, number, make_cfg, tmp_path):
         process = subprocess.Popen([sys.executable, *([*TORCHRUN, str(ranks)] if ranks else []), tmp_path / "ranks.py", *flags,
                                     "--num_steps=1000", f"--run_dir={run}"], cwd=REPO, stdout=file, stderr=file,
                                    env=os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"))
-    wait_for(lambda: out.read_text().count("\nstep ") > 2, process)
+    wait_until(lambda: out.read_text().count("\nstep ") > 2, process)
     process.send_signal(number)
     assert process.wait(60) == 1, out.read_text()[-3000:]
     [(steps, name)] = re.findall(r"^pop.py: stopped after (\d+) steps: (\w+); .*--resume --run_dir ", out.read_text(), re.MULTILINE)
@@ -1874,6 +1878,7 @@ def test_bf16_weights_come_back(make_model, tiny_policy, tmp_path):
             saved = [p.detach().clone() for p in model.parameters()]
         pop.update_policy(model, optimizer, training_groups(), cfg)
         runs.append([*optimizer.param_groups[0]["params"], *model.parameters()])
+    assert "trainer_state" not in Path("/proc/self/maps").read_text()    # mapped, the file would stay on disk after --keep_last
     assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
@@ -1908,7 +1913,7 @@ def test_full_disk(limit, make_cfg, tmp_path):
     flags = ["--preset=tiny", f"--model={cfg.model}", f"--corpus={cfg.corpus}", "--docs_per_step=2", "--num_steps=3", "--save_every=1",
              f"--run_dir={tmp_path / 'run'}"]
     done = start_ranks(0, tmp_path, *flags, "--lora_rank=0", FILE_LIMIT=str(limit))
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("pop.py: ")]
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("ranks.py: ")]
     assert done.returncode == 2 and "cannot be written" in line and "Traceback" not in done.stderr
     assert checkpoints(tmp_path / "run") == []
     done = start_ranks(0, tmp_path, *flags, "--lora_rank=0", "--resume")    # there is room again
@@ -2069,7 +2074,7 @@ def test_killed_real_runs_equal_an_unbroken_one(needs_vllm, tmp_path):
         before = len(checkpoints(run))
         process = start_real(out, "--num_steps", 3, "--run_dir", run, *(["--resume"] if before else []))
         if number:    # at any moment of a step
-            wait_for(lambda: len(checkpoints(run)) > before, process, seconds=600)
+            wait_until(lambda: len(checkpoints(run)) > before, process, seconds=600)
             time.sleep(rng.uniform(0, 5))
             process.send_signal(number)
         assert process.wait(1200) in {signal.SIGTERM: (1,), signal.SIGKILL: (-9, 0), None: (0,)}[number], out.read_text()[-3000:]
@@ -2215,7 +2220,7 @@ def test_judge_at_an_endpoint(needs_vllm, make_cfg, monkeypatch, capsys):
         assert all((c.score is None) == (c.ratings is None) and (c.score is None or 0 <= c.score <= 1) for c in group.completions)
         return [c.score for c in group.completions], counts["parse_fail/judge"]
     try:
-        wait_until(lambda: server.poll() is None and urllib.request.urlopen(url.replace("v1", "health"), timeout=5).status == 200)
+        wait_until(lambda: urllib.request.urlopen(url.replace("v1", "health"), timeout=5).status == 200, server)
         found, failed = scores(scoring="pointwise")
         assert None not in found and failed == 0
         assert scores(scoring="pointwise") == (found, 0)    # greedy
@@ -2247,17 +2252,6 @@ def start_server(folder, name, *flags):
         env=ENVIRONMENT | dict(VLLM_CPU_KVCACHE_SPACE="2", VLLM_CPU_OMP_THREADS_BIND="nobind"), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True)
     return f"http://127.0.0.1:{port}/v1", server
-
-
-def wait_until(ready, seconds=300):
-    for _ in range(seconds):
-        try:
-            if ready():
-                return
-        except OSError:
-            pass
-        time.sleep(1)
-    pytest.fail("the server did not start")
 
 
 SYNC = """
@@ -2764,7 +2758,7 @@ def test_rollouts_against_the_official_schedule(bench, needs_vllm, tmp_path):
                            stdout=subprocess.PIPE, stderr=open(tmp_path / "own.log", "w"))
     results = {name: [] for name in ("official", "pointwise", "expected")}
     try:
-        wait_until(lambda: server.poll() is None and urllib.request.urlopen(url.replace("v1", "health"), timeout=5).status == 200)
+        wait_until(lambda: urllib.request.urlopen(url.replace("v1", "health"), timeout=5).status == 200, server)
         while own.stdout.readline().strip() != "ready":
             assert own.poll() is None, (tmp_path / "own.log").read_text()[-3000:]
         for step in range(int(os.environ.get("POP_REPEATS", 2))):
