@@ -194,8 +194,7 @@ IFEVAL = [f"{level}_level_{kind}_acc" for kind in ("strict", "loose") for level 
 def load_ifeval() -> Callable[[Item, str], dict[str, Any] | None]:
     """verify(item, answer) -> {IFEVAL's names: bool, or a list of them}, by lm-eval. The package around its verifier is not run:
     that would import far more. nltk's sentence splitter comes out of llama-index-core, else lm-eval downloads it once."""
-    missing = [name for name in ("lm_eval", "nltk", "langdetect", "immutabledict") if not find_spec(name)]
-    if missing:
+    if missing := [name for name in ("lm_eval", "nltk", "langdetect", "immutabledict") if not find_spec(name)]:
         fail(f"--benchmark ifeval: needs {', '.join(missing)}, see README")
     for name in ("lm_eval", "lm_eval.tasks"):
         sys.modules.setdefault(name, module_from_spec(find_spec(name)))
@@ -267,8 +266,7 @@ def read_rows(source: str, flag_name: str) -> list[dict[str, Any]]:
 def load_items(cfg: EvalConfig) -> list[Item]:
     """The benchmark's prompts, --limit of them. Exits with one line if a row is not what the benchmark needs."""
     benchmark = BENCHMARKS[cfg.benchmark]
-    source = cfg.data or benchmark.source
-    rows = read_rows(source, "data")
+    rows = read_rows(source := cfg.data or benchmark.source, "data")
     try:
         items = [benchmark.read(row) for row in rows]
         if cfg.benchmark.startswith("arena_hard"):
@@ -618,8 +616,10 @@ def check(cfg: EvalConfig, judging: bool) -> None:
     for holds, name, why in wrong:
         if holds:
             fail(f"--{name}: {why}")
-    for model in {cfg.model, cfg.baseline, None if url else cfg.judge} - {None}:
-        engine_settings(cfg, model)
+    for name in ("model", "baseline", "judge"):
+        if (model := getattr(cfg, name)) and not model.startswith("http"):
+            base = engine_settings(cfg, model).model    # exits if there is none
+            setattr(cfg, name, model if adapter(model) else base)
     if url:
         hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
         [found] = pop.ask_endpoint(user_turn("Hello"), [hello], pop.Config(judge_url=cfg.judge, judge_model=cfg.judge_model))

