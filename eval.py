@@ -119,7 +119,7 @@ def ask_healthbench(item: Item, answer: str) -> list[Question]:
                    "may describe a fault: it is met if the answer has that fault. Explain in a sentence, then say true or false.")
     schema = object_schema(explanation=300, criteria_met=dict(type="boolean"))
     parser = partial(parse_value, key="criteria_met", allowed=(True, False))
-    return [question(instruction, schema, 200, parser, task=item.conversation, answer=answer, statement=c["criterion"])
+    return [question(instruction, schema, 400, parser, task=item.conversation, answer=answer, statement=c["criterion"])
             for c in item.criteria]
 
 
@@ -151,7 +151,7 @@ def ask_creative_writing(item: Item, answer: str) -> list[Question]:
     instruction = ("Write a short analysis of the answer, a piece of creative writing. Then grade it from 0 (not at all) to 20 on "
                    f"each criterion. For these a low grade is the better one: {', '.join(FAULTS)}.")
     grades = object_schema(**dict.fromkeys(QUALITIES + FAULTS, dict(enum=list(range(21)))))
-    return [question(instruction, object_schema(analysis=600, grades=grades), 700, parse_grades, task=item.conversation, answer=answer)]
+    return [question(instruction, object_schema(analysis=600, grades=grades), 999, parse_grades, task=item.conversation, answer=answer)]
 
 
 def score_creative_writing(item: Item, verdicts: list[list[int]]) -> Points:
@@ -169,7 +169,7 @@ def ask_arena_hard(item: Item, answer: str) -> list[Question]:
                    "says. Which of the two is better? Neither order nor length counts. Verdict: A>>B (A is much better), A>B "
                    "(a little), A=B (as good), B>A or B>>A.")
     schema, parser = object_schema(thoughts=600, verdict=dict(enum=list(SHARES))), partial(parse_value, key="verdict", allowed=SHARES)
-    return [question(instruction, schema, 300, parser, task=item.conversation, first_answer=first, second_answer=second)
+    return [question(instruction, schema, 700, parser, task=item.conversation, first_answer=first, second_answer=second)
             for first, second in ((item.reference, answer), (answer, item.reference))]
 
 
@@ -183,7 +183,7 @@ def ask_writingbench(item: Item, answer: str) -> list[Question]:
     instruction = "The statement says how to grade one aspect of the answer. Give a short reason, then a score from 1 to 10."
     schema = object_schema(reason=300, score=dict(enum=list(range(1, 11))))
     parser = partial(parse_value, key="score", allowed=range(1, 11))
-    return [question(instruction, schema, 200, parser, task=item.conversation, answer=answer, statement=pop.compact(c))
+    return [question(instruction, schema, 400, parser, task=item.conversation, answer=answer, statement=pop.compact(c))
             for c in item.criteria]
 
 
@@ -276,14 +276,12 @@ def load_items(cfg: EvalConfig) -> list[Item]:
             items = [dataclasses.replace(item, reference=replies[item.id]) for item in items]
     except (LookupError, TypeError, AttributeError) as error:
         fail(f"--data {source}: not in the format of {cfg.benchmark} ({type(error).__name__}: {error})")
-    if not items:
-        fail(f"--data {source}: holds no prompt")
     return random.Random(0).sample(items, cfg.limit) if 0 < cfg.limit < len(items) else items
 
 
 # ---- 3. models and judges ----
 ENGINE, SETTINGS = None, pop.Config()    # of this process, see start_engine
-CHUNK = 512 if torch.cuda.is_available() else 16    # prompts, or answers to judge, between two writes to the cache
+CHUNK = 512 if torch.cuda.is_available() else 8    # prompts, or answers to judge, between two writes to the cache
 
 
 class Endpoint:
@@ -407,7 +405,7 @@ def own_items(cfg: EvalConfig, call: Callable[..., Any]) -> list[Item]:
     """--data: lines of {prompt, and if there are, reference and rubric}, or else documents. The baseline writes what is missing,
     so that it is the same for every checkpoint and every judge."""
     items = []
-    if cfg.data.endswith(".jsonl") and "prompt" in read_rows(cfg.data, "data")[0]:
+    if cfg.data.endswith(".jsonl") and any("prompt" in row for row in read_rows(cfg.data, "data")[:1]):
         items = load_items(cfg)
         groups = [Group("", item.conversation, item.reference) for item in items if not item.criteria]
     else:
@@ -502,6 +500,8 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     verify = load_ifeval() if cfg.benchmark == "ifeval" else None
     with engine_process(cfg, cfg.baseline) as call:
         items = own_items(cfg, call) if cfg.benchmark == "own" else load_items(cfg)
+        if not items:
+            fail(f"--data {cfg.data}: holds no prompt, or no document that gave a task")
         answers = dict(baseline=sample_answers(cfg, cfg.baseline, items, call))
     with engine_process(cfg, cfg.model) as call:
         answers["model"] = sample_answers(cfg, cfg.model, items, call)
