@@ -393,12 +393,12 @@ def sample_answers(cfg: EvalConfig, model: str, items: list[Item], call: Callabl
     return [replies[i:i + cfg.seeds] for i in range(0, len(replies), cfg.seeds)]
 
 
-def write_tasks(groups: list[Group]) -> list[list[Any] | None]:
-    """In the engine's process: task, reference and rubric for groups that have a document, or a task. None where it failed."""
+def write_tasks(groups: list[Group]) -> list[list[Any]]:
+    """In the engine's process: task, reference, rubric for groups with a document or a task; [] where it failed, and is kept."""
     if groups[0].document:
         groups = pop.propose_tasks(ENGINE, [g.document for g in groups], 0, SETTINGS, Counter(), [])
     pop.write_rubrics(ENGINE, groups, 0, SETTINGS, Counter())
-    return [None if g.drop_reason else [g.task, g.reference, [vars(c) for c in g.rubric]] for g in groups]
+    return [[] if g.drop_reason else [g.task, g.reference, [vars(c) for c in g.rubric]] for g in groups]
 
 
 def own_items(cfg: EvalConfig, call: Callable[..., Any]) -> list[Item]:
@@ -414,7 +414,7 @@ def own_items(cfg: EvalConfig, call: Callable[..., Any]) -> list[Item]:
         groups = [Group(d) for d in pop.corpus_batch(corpus, 0, dataclasses.replace(settings, docs_per_step=len(corpus)))]
     made = cached(f"tasks-{short_name(cfg.baseline)}-{identity(cfg.baseline)}", cfg, [fingerprint(cfg.domain, g) for g in groups],
                   lambda part: call(write_tasks, [groups[i] for i in part]))
-    print(f"{cfg.data}: tasks or rubrics written for {len(made) - made.count(None)} of {len(made)}")
+    print(f"{cfg.data}: tasks or rubrics written for {len(made) - made.count([])} of {len(made)}")
     return [item for item in items if item.criteria] + [
         Item(fingerprint(row), user_turn(row[0]), "", [Criterion(**c) for c in row[2]], row[1]) for row in made if row]
 
@@ -628,8 +628,8 @@ def check(cfg: EvalConfig, judging: bool) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = HfArgumentParser(EvalConfig, prog="eval.py", usage="python eval.py [report RUN | judge] [--flag value ...]",
-                              description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = HfArgumentParser(EvalConfig, usage="python eval.py [report RUN | judge] [--flag value ...]", description=__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
     command = argv[0] if argv[:1] in (["report"], ["judge"]) else ""
     cfg = EvalConfig(**vars(parser.parse_args(argv[{"report": 2, "judge": 1, "": 0}[command]:])))

@@ -2569,6 +2569,15 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     assert [texts for texts in marked if texts] == [[text] for _, *texts in expected for text in texts]
 
 
+def test_a_stopped_run_asks_no_endpoint(make_cfg, monkeypatch):
+    # Ctrl-C, and the run still waits two minutes for each of a thousand requests
+    cfg = make_cfg(scoring="pointwise", judge_url="http://127.0.0.1:9/v1", judge_model="m")
+    engine, question = FakeEngine(cfg), ([dict(role="user", content="Good?")], dict(type="object"), 9, json.loads)
+    engine.signalled = signal.SIGTERM
+    monkeypatch.setattr(pop, "ask_endpoint", lambda *a: pytest.fail("it was asked"))
+    assert [error.reason for error in pop.ask(engine, "judge", [question] * 2, 0, cfg, Counter())] == ["stopped"] * 2
+
+
 def test_judge_at_an_endpoint(needs_vllm, make_cfg, monkeypatch, capsys):
     # the endpoint's judge sees another prompt or schema, a reply of it that cannot be read gets a score, one that does not
     # answer stops or hangs the run, a wrong name is noticed after an hour
