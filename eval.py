@@ -544,11 +544,12 @@ def write_results(cfg: EvalConfig, rows: list[dict[str, Any]], seconds: float) -
         result["pairwise"] = compare([[(row["pairwise"]["points"], [0.5])] for row in rows if row.get("pairwise", {}).get("points")])
     judge_name = "lm-eval" if cfg.benchmark == "ifeval" else cfg.judge_model or short_name(cfg.judge)
     numbers = ["{:.3f} [{:.3f}, {:.3f}]".format(*result[key]) if result["n"] else "-" for key in (*SIDES, "difference")]
-    cells = [cfg.benchmark, short_name(cfg.model), short_name(cfg.baseline), judge_name, result["n"], *numbers,
+    kind = cfg.benchmark + f" {cfg.scoring}" * (cfg.benchmark == "own") + " solver_prompt" * cfg.solver_prompt
+    cells = [kind, short_name(cfg.model), short_name(cfg.baseline), judge_name, result["n"], *numbers,
              "/".join(str(result.get(key, 0)) for key in ("win", "tie", "loss")),
              " / ".join(f"{result['words'][side]:.0f}" for side in SIDES), " / ".join(str(result["left_out"][side]) for side in SIDES)]
     result["row"] = f"| {' | '.join(map(str, cells))} |"
-    file = Path(cfg.out, "-".join(map(str, cells[:4])).replace("/", "_"), "results.json")
+    file = Path(cfg.out, f"{'-'.join(cells[:4])}-{fingerprint(vars(cfg))[:6]}".replace("/", "_").replace(" ", "-"), "results.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result | dict(rows=rows), default=vars, indent=1), encoding="utf-8")
     print(HEADER, "|---" * len(cells) + "|", result["row"], f"{file}, {seconds:.0f} s", sep="\n")
@@ -634,8 +635,7 @@ def main(argv: Sequence[str]) -> None:
     command = argv[0] if argv[:1] in (["report"], ["judge"]) else ""
     cfg = EvalConfig(**vars(parser.parse_args(argv[{"report": 2, "judge": 1, "": 0}[command]:])))
     if command == "report":
-        print(write_report(Path(*argv[1:2]), Path(cfg.out)))
-        return
+        return print(write_report(Path(*argv[1:2]), Path(cfg.out)))
     check(cfg, command == "judge")
     try:
         judge_judge(cfg) if command else evaluate(cfg)

@@ -2099,7 +2099,8 @@ def test_every_benchmark(evaluation, capsys, benchmark, better, base):
     for row in result["rows"]:
         assert [row[side]["answer"].startswith(f"quality {quality}") or "nobody" in row[side]["answer"] for side, quality in (("model", 2), ("baseline", 1))]
         assert row["model"]["verdicts"] is None or row["model"]["points"]
-    assert f"| {benchmark} | better | base | judge | {result['n']} | {better:.3f}" in capsys.readouterr().out
+    kind = "own pointwise" if benchmark == "own" else benchmark
+    assert f"| {kind} | better | base | judge | {result['n']} | {better:.3f}" in capsys.readouterr().out
     if benchmark in ("healthbench", "creative_writing", "writingbench"):
         assert sum(theme["n"] for theme in result["themes"].values()) == 2
     if benchmark == "creative_writing":    # the better one stood second, then first
@@ -2143,10 +2144,12 @@ def test_seeds_and_prompts(evaluation, tmp_path):
     result = evaluation("creative_writing", "--seeds", "2", "--limit", "2")
     assert [row["item"]["prompts"][0][0]["content"].partition(". ")[2] for row in result["rows"]] == ["Be sad. 10 words.", "Be glad. 10 words."] * 2
     assert result["n"] == 2 and result["win"] == 4 and [seed["n"] for seed in result["seeds"]] == [2, 2]
+    evaluation("own")
     result = evaluation("own", "--solver_prompt")    # the fake does not close its tag
+    assert len(list((tmp_path / "evals").glob("own-pointwise-*"))) == 2    # neither replaces the other's results
     assert [row["model"]["answer"] for row in result["rows"]] == [""] * 6 and result["model"][0] == 0 and result["left_out"]["model"] == 0
     (tmp_path / "docs.txt").write_text("\n\n".join(f"{GOOD_TEXT} {i}" for i in range(3)))
-    result = evaluation("own", "--data", str(tmp_path / "docs.txt"))
+    result = evaluation("own", "--data", str(tmp_path / "docs.txt"), "--scoring", "expected")
     assert result["n"] == 3 and all(row["item"]["prompts"][0][0]["content"].startswith("Explain thing") for row in result["rows"])
     assert result["rows"][0]["item"]["criteria"] == [dataclasses.asdict(c) for c in RUBRIC]
 
