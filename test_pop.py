@@ -1739,7 +1739,7 @@ def test_a_signal_saves(ranks, number, make_cfg, tmp_path):
     wait_until(lambda: out.read_text().count("\nstep ") > 2, process)
     process.send_signal(number)
     assert process.wait(60) == 1, out.read_text()[-3000:]
-    [(steps, name)] = re.findall(r"^pop.py: stopped after (\d+) steps: (\w+); .*--resume --run_dir ", out.read_text(), re.MULTILINE)
+    [(steps, name)] = re.findall(r"^ranks.py: stopped after (\d+) steps: (\w+); .*--resume --run_dir ", out.read_text(), re.MULTILINE)
     assert name == number.name and [p.name for p in checkpoints(run)] == [f"step_{int(steps):06d}"]
     assert len(read_lines(run / "metrics.jsonl")) == int(steps) < 1000 and list(run.glob("checkpoints/*.part")) == []
     steps = int(steps) + 3
