@@ -40,7 +40,6 @@ Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engi
 
 # ---- 1. imports ----
 import argparse
-import dataclasses
 import fcntl
 import json
 import math
@@ -57,7 +56,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import import_module, metadata, util
@@ -74,7 +73,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
@@ -149,6 +147,8 @@ class Config:
     gpu_memory_utilization: float = flag(0.6, "share of the GPU that vLLM may use while it samples")
     tensor_parallel_size: int = flag(1, "ranks that share an engine, for a model that one GPU cannot hold; needs torchrun")
     max_model_len: int = flag(8192, "tokens of prompt and completion; longer rows are dropped and counted")
+    eval_every: int = flag(0, "steps between measures on held-out documents, the first before any update; 0: none")
+    eval_docs: int = flag(16, "documents held out for that; their tasks and rubrics are made once, by the base model")
     save_every: int = flag(50, "steps between checkpoints; one is always written at the end")
     keep_last: int = flag(0, "so many checkpoints are kept, older ones removed; 0 keeps all")
     tracker: str = flag("none", "also send the metrics there; pip install it first", ("none", "wandb", "trackio"))
@@ -180,21 +180,18 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     paper = PAPER | dict(rubric_candidates=4 if chosen.domain == "writing" else 11)
     parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
     cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.learning_rate is None:
-        cfg.learning_rate = 1e-5 if cfg.lora_rank else 1e-6
-    if cfg.warmup_steps is None:
-        cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
-    check_flags(cfg, {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
-    cfg.lora_alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha is None else cfg.lora_alpha
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return cfg
+    check_flags(cfg, {f.name for f in fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
+    derived = dict(learning_rate=1e-5 if cfg.lora_rank else 1e-6, lora_alpha=2.0 * cfg.lora_rank,
+                   warmup_steps=cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5,
+                   run_dir=f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return replace(cfg, **{name: value for name, value in derived.items() if getattr(cfg, name) is None})
 
 
 def check_flags(cfg: Config, given: set[str]) -> None:
     """Exits with one line on a value that cannot work, or on a given flag that makes no sense beside the others."""
-    minimum = dict(num_steps=1, docs_per_step=1, tasks_per_doc=1, num_generations=2, min_doc_words=1, max_new_tokens=1,
+    minimum = dict(num_steps=1, docs_per_step=1, tasks_per_doc=1, num_generations=2, min_doc_words=1, max_new_tokens=1,    # others: 0
                    max_doc_words=cfg.min_doc_words, max_model_len=4 * cfg.max_new_tokens, micro_batch_tokens=1, minibatches=1,
-                   save_every=1, judge_samples=1, tensor_parallel_size=1, temperature=0.01, ratio_cap=0.01)    # of all other numbers: 0
+                   eval_docs=2, save_every=1, judge_samples=1, tensor_parallel_size=1, temperature=0.01, ratio_cap=0.01)
     for name, value in vars(cfg).items():
         if isinstance(value, int | float) and not minimum.get(name, 0) <= value < math.inf:    # NaN fails too
             fail(f"--{name} {value}: must be a number of at least {minimum.get(name, 0)}")
@@ -204,7 +201,7 @@ def check_flags(cfg: Config, given: set[str]) -> None:
         (cfg.loss == "pg", "dpo_beta length_gap", "needs --loss dpo"),
         (not cfg.lora_rank, "lora_alpha", "needs --lora_rank above 0"),
         (cfg.scoring == "expected", "judge_samples judge_url no_rubric", "--scoring expected reads the engine's p(Yes) a gold"),
-        (cfg.no_document, "no_document_in_rubric", "--no_document shows no document to anybody"),
+        (cfg.no_document, "no_document_in_rubric eval_every", "--no_document shows no document to anybody"),
         (cfg.no_rubric, "no_document_in_rubric rubric_candidates", "--no_rubric writes no rubric"),
         (not (cfg.judge_url and cfg.judge_model), "judge_url judge_model", "--judge_url and --judge_model go together"),
         (not cfg.sync_every, "judge_weights", "with --sync_every 0 the engine always holds the base weights"),
@@ -214,7 +211,7 @@ def check_flags(cfg: Config, given: set[str]) -> None:
         (WORLD % cfg.tensor_parallel_size, "tensor_parallel_size", f"torchrun must start a multiple of it, not {WORLD}"),
         (not cfg.run_dir, "resume", "name the run to go on with by --run_dir"),
     ]
-    for name, why in [(name, why) for holds, names, why in nonsense if holds for name in names.split() if name in given]:
+    for name, why in ((name, why) for holds, names, why in nonsense if holds for name in names.split() if name in given):
         fail(f"--{name} {getattr(cfg, name)}: {why}")
 
 
@@ -390,29 +387,29 @@ def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str
 
 
 def load_corpus(cfg: Config) -> Sequence[str]:
-    """Distinct documents of at least --min_doc_words words, as many as the run can use. A longer run sees the same ones
-    first, so --num_steps can be raised on resume. Exits with one line if none is usable."""
+    """Distinct documents of at least --min_doc_words words, as many as the run can use (with --eval_every: and hold out). A longer
+    run has the same ones first, so --num_steps can be raised on resume. Exits with one line if too few are usable."""
     if cfg.no_document:
         return [""]
+    held_out = cfg.eval_docs if cfg.eval_every else 0
     name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
     try:
         for text in map(clean_text, read_documents(name, revision, cfg)):
             if len(text.split(None, cfg.min_doc_words)) >= cfg.min_doc_words:
                 documents[text] = None
-            if len(documents) == cfg.num_steps * cfg.docs_per_step:
+            if len(documents) == held_out + cfg.num_steps * cfg.docs_per_step:
                 break
     except (OSError, ValueError, RuntimeError) as error:    # missing, unreachable, or not what its suffix says
         fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file or folder "
              f"({type(error).__name__}: {str(error).strip().splitlines()[0]})")
-    if not documents:
-        fail(f"--corpus {name}: holds no document of at least {cfg.min_doc_words} words (--min_doc_words)")
+    if len(documents) <= held_out:
+        fail(f"--corpus {name}: needs {held_out + 1} documents of --min_doc_words {cfg.min_doc_words}, holds {len(documents)}")
     return list(documents)
 
 
 def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
-    """The documents of one step, each cut to at most --max_doc_words words, see --doc_window. A pure function of
-    (seed, step): a resumed run sees what an unbroken one would. No repeats within an epoch."""
+    """The documents of one step, cut to --max_doc_words words. A pure function of (seed, step), without repeats in an epoch."""
     batch = []
     for position in range(step * cfg.docs_per_step, (step + 1) * cfg.docs_per_step):
         epoch, index = divmod(position, len(corpus))    # the first epoch has the corpus' own order, see load_corpus
@@ -441,8 +438,7 @@ RUBRIC_SCHEMA = object_schema(criteria=dict(type="array", minItems=1, maxItems=5
 
 def parse_answer(text: str) -> str:
     """The answer between the last <answer> and the </answer> that closes it; "" if there is none."""
-    reply = text.rpartition("</think>")[2]    # a reasoning model's thoughts are not part of the reply
-    body, closed, _ = reply.rpartition("</answer>")
+    body, closed, _ = text.rpartition("</think>")[2].rpartition("</answer>")    # a reasoning model's thoughts do not count
     _, opened, answer = body.rpartition("<answer>")    # the last one: reasoning in front may mention the tag
     return answer.strip() if closed and opened else ""
 
@@ -452,10 +448,8 @@ def parse_json(text: str) -> dict[str, Any]:
     reply = text.rpartition("</think>")[2]
     try:
         return json.loads(reply[reply.find("{"):reply.rfind("}") + 1], strict=False)    # strings may hold raw newlines
-    except ValueError:
-        raise ParseError("no_json") from None
-    except RecursionError:
-        raise ParseError("too_deep") from None
+    except (ValueError, RecursionError) as error:
+        raise ParseError("no_json" if isinstance(error, ValueError) else "too_deep") from None
 
 
 def parse_field(row: Any, key: str, kind: type) -> Any:
@@ -504,9 +498,9 @@ def parse_task(text: str, seen: list[str] | None = None) -> tuple[str, str]:
     return task, reference
 
 
-def parse_rubric(text: str, counts: Counter[str] | None = None) -> list[Criterion]:
+def parse_rubric(text: str) -> list[Criterion]:
     """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
-    A criterion that repeats the name or most of the gold of an earlier one is left out and counted: a point is worth one.
+    A criterion that repeats the name or most of the gold of an earlier one is left out: a point counts once.
     Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text."""
     rows = parse_json(text).get("criteria")
     if not isinstance(rows, list) or not 1 <= len(rows) <= 5:
@@ -520,8 +514,6 @@ def parse_rubric(text: str, counts: Counter[str] | None = None) -> list[Criterio
         check_text(criterion.gold, (c.gold for example in EXAMPLES.values() for c in example["rubric"]))
         if not any(criterion.name == c.name or overlap(criterion.gold, c.gold) > 0.6 for c in rubric):
             rubric.append(criterion)
-    if counts is not None:
-        counts["merged_criteria"] += len(rows) - len(rubric)
     return rubric
 
 
@@ -668,16 +660,14 @@ class Engine:
         from jinja2 import TemplateError
         messages = self.defuse(messages)
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except TemplateError:    # a template without a system role
             system, first, *rest = messages
             messages = [dict(role="user", content=f"{system['content']}\n\n{first['content']}"), *rest]
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
-        """`sample` with all engines: each takes its share, neighbours together (they share prefixes); all ranks get all.
-        Once a rank was told to stop, nothing is sampled on any."""
+        """`sample` with all engines, each its share of neighbours; all ranks get all. None samples once a rank was told to stop."""
         if any(gather(self.signalled)):
             return [Completion([], [], "", "stopped") for _ in prompts]
         tp = self.cfg.tensor_parallel_size    # so many ranks are one engine
@@ -686,10 +676,9 @@ class Engine:
         return list(chain(*gather(self.sample(prompts[share], params[share], phase))[::tp]))
 
     def sample(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
-        """One completion a prompt, all in one batch.
-        params, one dict a prompt: vLLM's temperature, max_tokens, seed; schema: guided JSON; logprobs=0: log-probs of the
-        sampled tokens; logprob_token_ids: those of exactly these next tokens instead. top_p, top_k and min_p stay off, they
-        would bias the ratio between policy and engine."""
+        """One completion a prompt, all in one batch. params, one dict a prompt: vLLM's temperature, max_tokens, seed; schema:
+        guided JSON; logprobs=0: log-probs of the sampled tokens; logprob_token_ids: of exactly these next tokens instead. top_p,
+        top_k and min_p stay off, they would bias the ratio between policy and engine."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         guided = [StructuredOutputsParams(json=p["schema"]) if "schema" in p else None for p in params]
@@ -699,14 +688,11 @@ class Engine:
         fits = [i for i, ids in enumerate(prompts) if len(ids) + params[i]["max_tokens"] <= self.cfg.max_model_len]
         replies = self.llm.generate(
             [dict(prompt_token_ids=prompts[i]) for i in fits], [requests[i] for i in fits],
-            # a bar with ETA on a terminal, none into a log file
-            use_tqdm=(lambda *a, **k: tqdm(*a, **k | dict(desc=phase, leave=False))) if sys.stderr.isatty() and RANK == 0 else False)
+            use_tqdm=RANK == 0 and sys.stderr.isatty())    # a bar on a terminal, none into a log file
         for i, reply in zip(fits, replies):
             out = reply.outputs[0]
-            sampled = list(zip(out.logprobs or [], out.token_ids))
-            wanted = [(out.logprobs[0], t) for t in params[i].get("logprob_token_ids", [])]
-            logprobs = [by_token[t] for by_token, t in wanted or sampled]
-            completions[i] = Completion(list(out.token_ids), [x.logprob for x in logprobs], out.text, out.finish_reason)
+            wanted = [(out.logprobs[0], t) for t in params[i].get("logprob_token_ids", [])] or zip(out.logprobs or [], out.token_ids)
+            completions[i] = Completion(list(out.token_ids), [row[t].logprob for row, t in wanted], out.text, out.finish_reason)
         return completions
 
     def sync_weights(self, model: nn.Module, step: int) -> None:
@@ -856,13 +842,11 @@ def candidates(group: Group, seed: int, cfg: Config) -> list[str]:
 
 def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
     """Rubric writer: fills in group.rubric from document, task, reference (and answers, if they come first), or drop_reason."""
-    groups = [g for g in groups if g.drop_reason is None]
-    questions: list[Question] = []
+    groups, questions = [g for g in groups if g.drop_reason is None], []
     for row, group in enumerate(groups):
         texts = dict(document="" if cfg.no_document_in_rubric else group.document, task=group.task, reference=group.reference,
                      candidate=candidates(group, request_seed(cfg, "candidates", step, row), cfg))
-        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800,
-                          partial(parse_rubric, counts=counts)))
+        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800, parse_rubric))
     rubrics = [HOLISTIC] * len(groups) if cfg.no_rubric else ask(engine, "rubric", questions, step, cfg, counts)
     for group, result in zip(groups, rubrics):
         if isinstance(result, ParseError):
@@ -913,11 +897,9 @@ def ask_judge(engine: Engine, questions: list[Question], step: int, cfg: Config,
 def rate_pointwise(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
     """Ratings (K,) of each answer, one a criterion, with a thought before each; [] where the judge failed."""
     rating = object_schema(thoughts=160, rating=dict(enum=[0, 1, 2]))
-    questions: list[Question] = []
-    for group, completion in rows:
-        prompt = chat("judge", cfg, task=group.task, rubric=group.rubric, answer=completion.answer)
-        schema = object_schema(**{criterion.name: rating for criterion in group.rubric})
-        questions.append((prompt, schema, 100 * len(group.rubric) + 50, partial(parse_verdict, rubric=group.rubric)))
+    questions = [(chat("judge", cfg, task=g.task, rubric=g.rubric, answer=c.answer),
+                  object_schema(**{criterion.name: rating for criterion in g.rubric}),
+                  100 * len(g.rubric) + 50, partial(parse_verdict, rubric=g.rubric)) for g, c in rows]
     return ask_judge(engine, questions, step, cfg, counts)
 
 
@@ -934,10 +916,9 @@ def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, co
         found = zip(ring, ring[1:] + ring[:1]) if cfg.scoring == "pairwise" else [(median, i) for i in ring]
         pairs += sorted({order for i, j in found if i != j for order in ((i, j), (j, i))})
     schema = object_schema(thoughts=300, verdict=dict(enum=list(COMPARISONS[cfg.scoring])))
-    questions: list[Question] = []
-    for (group, first), (_, second) in [(rows[i], rows[j]) for i, j in pairs]:
-        prompt = chat(cfg.scoring, cfg, task=group.task, rubric=group.rubric, first_answer=first.answer, second_answer=second.answer)
-        questions.append((prompt, schema, 150, lambda text: [parse_comparison(text, cfg.scoring)]))
+    questions = [(chat(cfg.scoring, cfg, task=g.task, rubric=g.rubric, first_answer=first.answer, second_answer=second.answer),
+                  schema, 150, lambda text: [parse_comparison(text, cfg.scoring)])
+                 for (g, first), (_, second) in ((rows[i], rows[j]) for i, j in pairs)]
     for (i, j), shares in zip(pairs, ask_judge(engine, questions, step, cfg, counts)):
         ratings[i] += [2 * (1 - share) for share in shares]
         ratings[j] += [2 * share for share in shares]
@@ -955,6 +936,16 @@ def rate_expected(engine: Engine, rows: list[Row], step: int, cfg: Config, count
     usable = [all(p.sum() >= 0.1 for p in criteria) for criteria in probs]
     counts["parse_fail/judge"] += usable.count(False)
     return [[2 * float(p[1] / p.sum()) for p in criteria] if ok else [] for criteria, ok in zip(probs, usable)]
+
+
+def evaluate(engine: Engine, model: nn.Module, held_out: list[Group], step: int, cfg: Config) -> list[Group]:
+    """The held-out tasks, answered by the policy after `step` updates, scored by the base model; the same seeds each time."""
+    groups = [replace(g) for g in held_out if g.drop_reason is None]
+    engine.sync_weights(model, step)
+    sample_answers(engine, groups, -1, cfg)
+    engine.sync_weights(model, 0)
+    score_answers(engine, groups, -1, cfg, Counter())
+    return [replace(g, drop_reason=g.drop_reason or "held_out") for g in groups]
 
 
 # ---- 8. advantages ----
@@ -997,7 +988,7 @@ def preference_pairs(groups: list[Group], cfg: Config) -> list[Group]:
         elif abs(words[0] - words[1]) > cfg.length_gap:
             group.drop_reason = "length_gap"
         else:
-            pairs.append(dataclasses.replace(group, rubric=[], completions=[best, worst]))
+            pairs.append(replace(group, rubric=[], completions=[best, worst]))
         for completion in group.completions:
             completion.advantage = 0.0 if group.drop_reason else float(completion is best) - float(completion is worst)
     return pairs
@@ -1048,7 +1039,7 @@ def load_policy(cfg: Config) -> nn.Module:
     torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype))
     model = make_trainable(model, cfg).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not cfg.lora_rank and (cfg.judge_weights == "base" and cfg.sync_every > 0 or cfg.kl_coef > 0):
+    if not cfg.lora_rank and (cfg.judge_weights == "base" and cfg.sync_every > 0 or cfg.kl_coef > 0 or cfg.eval_every > 0):
         model.base_state = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return model
 
@@ -1150,8 +1141,7 @@ def micro_batches(units: list[list[Row]], max_tokens: int) -> Iterator[list[Row]
 
 
 def collate(batch: list[Row], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded tensors (B, T) of prompt + answer. Padding is masked by length, never by token value: where pad is eos,
-    the EOS of an answer must still be trained."""
+    """Right-padded tensors (B, T) of prompt + answer. Masked by length, never by token value: EOS is trained if pad is eos."""
     rows = dict(input_ids=[torch.tensor(g.prompt_ids + c.token_ids) for g, c in batch],
                 attention_mask=[torch.tensor([1] * len(g.prompt_ids + c.token_ids)) for g, c in batch],
                 target_mask=[torch.tensor([False] * len(g.prompt_ids) + [True] * len(c.token_ids)) for g, c in batch],
@@ -1252,12 +1242,12 @@ CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_
               "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "tensor_parallel_size"}
 
 
-@contextmanager
-def timed(metrics: dict[str, Any], phase: str) -> Iterator[None]:
-    """Add the seconds of a with-block to metrics["seconds/<phase>"]."""
+def timed(metrics: dict[str, Any], phase: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args); its seconds are added to metrics["seconds/<phase>"]."""
     start = time.perf_counter()
-    yield
+    result = function(*args)
     metrics[f"seconds/{phase}"] = metrics.get(f"seconds/{phase}", 0) + time.perf_counter() - start
+    return result
 
 
 @contextmanager
@@ -1316,27 +1306,32 @@ def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
 
 
 def step_metrics(groups: list[Group]) -> dict[str, float]:
-    """What a step's rollouts say before the update: rewards, drops, lengths."""
-    kept = [g for g in groups if g.drop_reason is None]
-    answers = [c for g in groups for c in g.completions]
-    scored = [c for c in answers if c.score is not None]
-    advantages = [c.advantage for g in kept for c in g.completions] or [0.0]
-    out: dict[str, float] = dict(groups_kept=len(kept), advantage_min=min(advantages), advantage_max=max(advantages))
-    out |= Counter(f"drop/{g.drop_reason}" for g in groups if g.drop_reason)
-    if scored:
+    """What a step's rollouts say: rewards, drops, lengths; the mean score of the held-out tasks, and its standard error."""
+    sampled, tested = ([g for g in groups if (g.drop_reason == "held_out") == held] for held in (False, True))
+    advantages = [c.advantage for g in sampled for c in g.completions if g.drop_reason is None] or [0.0]
+    out: dict[str, float] = dict(groups_kept=sum(g.drop_reason is None for g in sampled),
+                                 advantage_min=min(advantages), advantage_max=max(advantages))
+    out |= Counter(f"drop/{g.drop_reason}" for g in sampled if g.drop_reason)
+    answers = [c for g in sampled for c in g.completions]
+    if scored := [c for c in answers if c.score is not None]:
         scores, lengths = np.array([c.score for c in scored]), np.array([len(c.token_ids) for c in scored])
         out.update(reward_mean=float(scores.mean()), reward_std=float(scores.std()), answer_tokens=float(lengths.mean()),
-                   truncated=float(np.mean([c.finish_reason == "length" for c in answers])))
+                   truncated=float(np.mean([c.finish_reason == "length" for c in answers])),
+                   closed=float(np.mean([bool(c.answer) for c in answers])))
         if scores.std() > 0 and lengths.std() > 0:
             out["score_length_corr"] = float(np.corrcoef(scores, lengths)[0, 1])
+    rewards = [np.mean(scores) for g in tested if (scores := [c.score for c in g.completions if c.score is not None])]
+    if len(rewards) > 1:
+        out.update(eval_reward=float(np.mean(rewards)), eval_reward_se=float(np.std(rewards, ddof=1) / len(rewards) ** 0.5),
+                   eval_closed=float(np.mean([bool(c.answer) for g in tested for c in g.completions])))
     return out
 
 
 def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
-    """Write the step's rollouts, append to metrics.jsonl, print one line."""
-    step, answers = metrics["step"], [c for g in groups for c in g.completions]
+    """Write the step's rollouts, append to metrics.jsonl, print a line, and one for what was held out."""
+    step, m = metrics["step"], Counter(metrics)
     with writing(run_dir), open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
-        for row in map(dataclasses.asdict, groups):
+        for row in map(asdict, groups):
             del row["prompt_ids"]
             for completion in row["completions"]:    # numbers for people: the token ids fill most of the file
                 completion["tokens"] = len(completion.pop("token_ids"))
@@ -1346,48 +1341,52 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
         file.write(json.dumps(metrics) + "\n")
     if cfg.tracker != "none":
         import_module(cfg.tracker).log(metrics, step=step)
-    m, seconds = Counter(metrics), {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
-    print(f"step {step + 1}/{cfg.num_steps}  reward {m['reward_mean']:.3f}  groups {m['groups_kept']}/{len(groups)}  "
-          f"closed {sum(bool(c.answer) for c in answers) / max(1, len(answers)):.0%}  tokens {m['answer_tokens']:.0f}  "
-          f"grad {m['grad_norm']:.2g}  gap {m['engine_gap']:.1g}  {sum(seconds.values()):.0f} s "
-          f"({' '.join(f'{name} {value:.0f}' for name, value in seconds.items())})", flush=True)
+    if "eval_reward" in metrics:
+        print(f"eval after {step} steps  reward {m['eval_reward']:.3f} +- {m['eval_reward_se']:.3f}  closed {m['eval_closed']:.0%}",
+              flush=True)
+    if step < cfg.num_steps:
+        seconds = {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
+        print(f"step {step + 1}/{cfg.num_steps}  reward {m['reward_mean']:.3f}  groups {m['groups_kept']}/"
+              f"{cfg.docs_per_step * cfg.tasks_per_doc}  closed {m['closed']:.0%}  tokens {m['answer_tokens']:.0f}  "
+              f"grad {m['grad_norm']:.2g}  gap {m['engine_gap']:.1g}  {sum(seconds.values()):.0f} s "
+              f"({' '.join(f'{name} {value:.0f}' for name, value in seconds.items())})", flush=True)
 
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any,
-                    cfg: Config, seen: Sequence[str] = (), pairs: Sequence[Group] = ()) -> None:
+                    cfg: Config, seen: Sequence[str] = (), pairs: Sequence[Group] = (), held_out: Sequence[Group] = ()) -> None:
     """checkpoints/step_NNNNNN after `step` steps, complete or absent: the model in PEFT's or Hugging Face's format, and all else
     that a resumed run needs (documents and random numbers derive from seed and step). Removes older ones, see --keep_last."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = {f"{i}.{key}": tensor for i, master in enumerate(optimizer.param_groups[0]["params"])
              for key, tensor in dict(master=master, **optimizer.state[master]).items()}
     keep = "cpu" if RANK == 0 else "meta"    # all ranks gather, one writes
-    weights, state = tree_map_only(Tensor, lambda tensor: whole(tensor.detach()).to(keep).contiguous(), (weights, state))
+    weights, state = ({name: whole(t.detach()).to(keep).contiguous() for name, t in d.items()} for d in (weights, state))
     if RANK > 0:
         return
-    folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    part = folder.with_suffix(".part")
-    part.mkdir(parents=True, exist_ok=True)
-    if cfg.lora_rank:
-        save_file({f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}, part / "adapter_model.safetensors")
-        adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model, r=cfg.lora_rank,
-                       lora_alpha=cfg.lora_alpha, target_modules=sorted({name.split(".")[-2] for name in weights}))
-        (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
-    else:
-        model.save_pretrained(part, state_dict=weights)
-    tokenizer.save_pretrained(part)
-    save_file(state, part / "trainer_state.safetensors")
-    rest = dict(step=step, config=vars(cfg), seen=list(seen), pairs=[dataclasses.asdict(pair) for pair in pairs])
-    (part / "trainer_state.json").write_text(json.dumps(rest))
-    os.sync()    # a machine that goes down now must not leave the name without the data
-    part.rename(folder)
-    for old in sorted(run_dir.glob(CHECKPOINTS))[:-cfg.keep_last]:    # of 0: none
-        shutil.rmtree(old.rename(old.with_suffix(".part")))
+    with writing(run_dir):
+        part = run_dir / "checkpoints" / f"step_{step:06d}.part"
+        part.mkdir(parents=True, exist_ok=True)
+        if cfg.lora_rank:
+            save_file({f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}, part / "adapter_model.safetensors")
+            adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model, r=cfg.lora_rank,
+                           lora_alpha=cfg.lora_alpha, target_modules=sorted({name.split(".")[-2] for name in weights}))
+            (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
+        else:
+            model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
+        save_file(state, part / "trainer_state.safetensors")
+        rest = dict(step=step, config=vars(cfg), seen=list(seen), pairs=pairs, held_out=held_out)
+        (part / "trainer_state.json").write_text(json.dumps(rest, default=vars))    # records as objects
+        os.sync()    # a machine that goes down now must not leave the name without the data
+        part.rename(part.with_suffix(""))
+        for old in sorted(run_dir.glob(CHECKPOINTS))[:-cfg.keep_last]:    # of 0: none
+            shutil.rmtree(old.rename(old.with_suffix(".part")))
 
 
-def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group]]:
-    """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait."""
+def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group], list[Group]]:
+    """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait, held out."""
     if not (newest := gather(max(run_dir.glob(CHECKPOINTS), default=None))[0]):    # the same on all ranks
-        return 0, [], []
+        return 0, [], [], []
     parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
     with safe_open(newest / "trainer_state.safetensors", "pt") as file, torch.no_grad():
         for index, key in (name.split(".") for name in file.keys()):
@@ -1399,8 +1398,9 @@ def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Opti
             else:
                 optimizer.state[master][key] = tensor.to(master.device, copy=True)    # or it would map the file for ever
     state = json.loads((newest / "trainer_state.json").read_text())
-    pairs = [Group(**pair | dict(completions=[Completion(**c) for c in pair["completions"]])) for pair in state["pairs"]]
-    return state["step"], state["seen"], pairs
+    pairs, held_out = ([Group(**g | dict(rubric=[Criterion(**c) for c in g["rubric"]], completions=[
+        Completion(**c) for c in g["completions"]])) for g in state[name]] for name in ("pairs", "held_out"))
+    return state["step"], state["seen"], pairs, held_out
 
 
 # ---- 12. main ----
@@ -1426,12 +1426,19 @@ def main(cfg: Config) -> None:
     optimizer = make_optimizer(model, cfg)
     engine.wake()
     engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
-    first_step, seen, pairs = load_checkpoint(run_dir, model, optimizer) if cfg.resume else (0, [], [])
+    first_step, seen, pairs, held_out = load_checkpoint(run_dir, model, optimizer) if cfg.resume else (0, [], [], [])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, engine.request_stop)
+    if cfg.eval_every and not held_out:    # these tasks are seen now, so one that is much like them will be refused
+        documents = corpus_batch(corpus, 0, replace(cfg, docs_per_step=cfg.eval_docs))
+        held_out = propose_tasks(engine, documents, -1, cfg, Counter(), seen)
+        write_rubrics(engine, held_out, -1, cfg, Counter())
+    corpus = corpus[cfg.eval_docs if cfg.eval_every else 0:]
     step, skipped, stop, metrics = first_step, 0, "", {}    # stop: why the run ends before --num_steps
     while step < cfg.num_steps and not stop:
         set_seed(request_seed(cfg, "step", step))    # nothing here draws from a global generator; a fork of it may
+        due = cfg.eval_every and step % cfg.eval_every == 0
+        tested = timed(metrics, "eval", evaluate, engine, model, held_out, step, cfg) if due else []
         start, known = time.perf_counter(), len(seen)
         counts = Counter({f"parse_fail/{role}": 0 for role in ("proposer", "rubric", "solver", "judge")})
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
@@ -1440,24 +1447,16 @@ def main(cfg: Config) -> None:
         judge_version = 0 if cfg.judge_weights == "base" else version
         documents = corpus_batch(corpus, step, cfg)
 
-        with timed(metrics, "sync"):
-            engine.sync_weights(model, judge_version)
-        with timed(metrics, "propose"):
-            groups = propose_tasks(engine, documents, step, cfg, counts, seen)
+        timed(metrics, "sync", engine.sync_weights, model, judge_version)
+        groups = timed(metrics, "propose", propose_tasks, engine, documents, step, cfg, counts, seen)
         if not cfg.rubric_candidates:
-            with timed(metrics, "rubric"):
-                write_rubrics(engine, groups, step, cfg, counts)
-        with timed(metrics, "sync"):
-            engine.sync_weights(model, version)
-        with timed(metrics, "answer"):
-            sample_answers(engine, groups, step, cfg)
-        with timed(metrics, "sync"):
-            engine.sync_weights(model, judge_version)
+            timed(metrics, "rubric", write_rubrics, engine, groups, step, cfg, counts)
+        timed(metrics, "sync", engine.sync_weights, model, version)
+        timed(metrics, "answer", sample_answers, engine, groups, step, cfg)
+        timed(metrics, "sync", engine.sync_weights, model, judge_version)
         if cfg.rubric_candidates:    # the writer sees some of the answers
-            with timed(metrics, "rubric"):
-                write_rubrics(engine, groups, step, cfg, counts)
-        with timed(metrics, "judge"):
-            score_answers(engine, groups, step, cfg, counts)
+            timed(metrics, "rubric", write_rubrics, engine, groups, step, cfg, counts)
+        timed(metrics, "judge", score_answers, engine, groups, step, cfg, counts)
         if number := max(gather(engine.signalled)):
             stop = signal.Signals(number).name
             del seen[known:]    # nothing of this step is trained on: a resumed run makes it again
@@ -1468,24 +1467,25 @@ def main(cfg: Config) -> None:
             pairs += preference_pairs(groups, cfg)
             full = len(pairs) - len(pairs) % cfg.docs_per_step if step + 1 < cfg.num_steps else len(pairs)    # none is lost
             batch, pairs = pairs[:full], pairs[full:]
-        metrics |= step_metrics(groups) | counts
-        with timed(metrics, "update"):
-            engine.sleep()
-            metrics |= update_policy(model, optimizer, batch, cfg)    # sync_weights wakes the engine
+        metrics |= step_metrics(groups + tested) | counts
+        timed(metrics, "update", engine.sleep)    # sync_weights wakes it
+        metrics |= timed(metrics, "update", update_policy, model, optimizer, batch, cfg)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
         metrics["tokens_per_second"] = sum(len(c.token_ids) for g in groups for c in g.completions) / (time.perf_counter() - start)
         metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
         if RANK == 0:
-            log_step(run_dir, metrics, groups, cfg)
+            log_step(run_dir, metrics, groups + tested, cfg)
         skipped = 0 if "loss" in metrics else skipped + ("skipped_updates" in metrics)
         stop = f"three updates in a row without a finite loss or gradient, see {run_dir}/rollouts" if skipped == 3 else ""
         step, metrics = step + 1, {}    # of the next step, with the seconds of a save after this one
         if step % cfg.save_every == 0:    # after the log, so that a checkpoint's steps are all in it
-            with timed(metrics, "save"), writing(run_dir):
-                save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs)
+            timed(metrics, "save", save_checkpoint, run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs, held_out)
     if step > first_step and step % cfg.save_every:
-        with writing(run_dir):
-            save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs)
+        save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs, held_out)
+    if cfg.eval_every and not stop:    # the last policy: a line of its own
+        tested = evaluate(engine, model, held_out, step, cfg)
+        if RANK == 0 and not engine.signalled:
+            log_step(run_dir, dict(step=step) | step_metrics(tested), tested, cfg)
     if stop and gather(stop):    # once rank 0 has saved, too: torchrun ends all ranks with the first
         fail(f"stopped after {step} steps: {stop}; to go on: the same command with --resume --run_dir {run_dir}", code=1)
     if WORLD > 1:
