@@ -1542,6 +1542,70 @@ def test_too_few_documents_to_hold_out(make_cfg, monkeypatch, capsys):
     assert "needs 13 documents" in fails(capsys, pop.main, make_cfg(eval_every=1, eval_docs=12))
 
 
+def entropy_gradient(module):
+    """Of the loss, at tokens with log-probs -1 and -2 and advantage 0: the less likely one must rise more."""
+    logprobs = torch.tensor([[0.0, -1.0, -2.0]], requires_grad=True)
+    batch = dict(engine_logprobs=logprobs.detach(), advantages=torch.zeros(1), target_mask=torch.tensor([[False, True, True]]))
+    module.micro_batch_loss(logprobs, batch, 2.0, module.Config(entropy_coef=0.1))[0].backward()
+    return logprobs.grad[0].tolist()
+
+
+def edits():
+    """README's edits of pop.py: {title: [(lines that go, lines that come), ..]}."""
+    section = (REPO / "README.md").read_text(encoding="utf-8").partition("## Hack it\n")[2].partition("\n## ")[0]
+    found = {}
+    for title, block in re.findall(r"^\*\*(.+?)\*\*.*?```diff\n(.*?)```", section, re.MULTILINE | re.DOTALL):
+        hunks = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", block, re.MULTILINE)
+        found[title] = [["".join(line[1:] + "\n" for line in part.splitlines())[:-1] for part in hunk] for hunk in hunks]
+        assert set(re.findall(r"^@@ (\w+)$", block, re.MULTILINE)) <= {"corpus", *vars(pop)}, title    # where: names that exist
+    return found
+
+
+@pytest.mark.parametrize("title, flags, changed", [
+    ("New corpus", {}, lambda seen, module: "Copyright" not in str(seen) and "leaf" in str(seen)),
+    ("New domain", dict(domain="garden"), lambda seen, module: all("tomato" in str(seen[role]) for role in ("proposer", "solver", "judge"))),
+    ("Another judge", {}, lambda seen, module: "judge" not in seen and module.rate_words(None, [(Group("", rubric=RUBRIC), Completion(
+        [], [], "<answer>\nIt IS red\n</answer>", "stop"))], 0, None, None) == [[2.0, pytest.approx(4 / 3)]]),
+    ("A judge that sees the document", {}, lambda seen, module: all(turn.startswith("<document>") for turn in seen["judge"])),
+    ("Entropy bonus", dict(entropy_coef=0.1), lambda seen, module: entropy_gradient(module) == pytest.approx([0, -0.05, -0.1])),
+    ("KL schedule", dict(kl_coef=0.1), lambda seen, module: seen["kl_coef"] == [0.1, 0.05]),
+    ("Two rounds", {}, lambda seen, module: [turn.count("Improve this draft:") for turn in seen["solver"][:10]] == [0] * 2 + [1] * 8),
+    ("Train the proposer, too", dict(judge_weights="policy", task_temperature=0.7), lambda seen, module: seen["trained"] == [2 + 2] * 2)])
+def test_readme_edits(title, flags, changed, make_cfg, monkeypatch, tmp_path):
+    # an edit that README shows does not fit the file, does not run, does nothing, or is longer than it says
+    source, hunks = Path(pop.__file__).read_text(encoding="utf-8"), edits()[title]
+    for old, new in hunks:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    assert sum(new.count("\n") + 1 for _, new in hunks) <= 15
+    (tmp_path / "edited.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "edited", module)
+    spec.loader.exec_module(module)
+    seen, update = {}, module.update_policy
+
+    def watch(engine, i, ids, p, phase):
+        seen.setdefault(phase, []).append(engine.tokenizer.decode(ids).rpartition("user\n")[2] if title != "New domain" else engine.tokenizer.decode(ids))
+        reply = FakeEngine.reply(engine, i, ids, p, phase)
+        return dataclasses.replace(reply, engine_logprobs=[-5.5] * len(reply.token_ids)) if p.get("logprobs") == 0 else reply
+
+    def trains(model, optimizer, groups, cfg):
+        seen.setdefault("trained", []).append(len(groups))
+        seen.setdefault("kl_coef", []).append(cfg.kl_coef)
+        return update(model, optimizer, groups, cfg)
+    monkeypatch.setattr(module, "Engine", type("Watched", (FakeEngine,), dict(reply=watch)))
+    monkeypatch.setattr(module, "update_policy", trains)
+    cfg = make_cfg()
+    if title == "New corpus":
+        rows = [dict(abstract=f"leaf {i} " + ("Copyright " if i % 2 else "") + documents(1)[0]) for i in range(8)]
+        Path(cfg.corpus).write_text("\n".join(map(json.dumps, rows)))
+    module.main(module.parse_args(["--preset=tiny", f"--model={cfg.model}", f"--corpus={cfg.corpus}", f"--run_dir={cfg.run_dir}", "--docs_per_step=2",
+                                   "--num_steps=2", "--scoring=pointwise", *(f"--{name}={value}" for name, value in flags.items())]))
+    assert changed(seen, module), seen
+    assert [("loss" in m) for m in read_lines(Path(cfg.run_dir) / "metrics.jsonl")] == [title != "Another judge"] * 2    # no word of a gold
+
+
 @pytest.mark.parametrize("shown, order", [(0, "proposer rubric solver judge"), (2, "proposer solver rubric judge")])
 def test_order_of_roles(shown, order, make_cfg, monkeypatch):
     # the rubric writer is to see answers that do not exist yet, or is asked twice
