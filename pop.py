@@ -1034,7 +1034,7 @@ def make_trainable(model: nn.Module, cfg: Config) -> nn.Module:
 
 
 def load_policy(cfg: Config) -> nn.Module:
-    """The trainable model in cfg.dtype. Full weights change in place: the base is copied if the judge or the KL term needs it."""
+    """The trainable model in cfg.dtype. Full weights change in place: what needs the base (judge, KL term, held-out measure) gets a copy."""
     from transformers import AutoModelForCausalLM
     torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype))
