@@ -1034,7 +1034,7 @@ def make_trainable(model: nn.Module, cfg: Config) -> nn.Module:
 
 
 def load_policy(cfg: Config) -> nn.Module:
-    """The trainable model in cfg.dtype. Full weights change in place: what needs the base (judge, KL term, held-out measure) gets a copy."""
+    """The trainable model in cfg.dtype. Full weights change in place, so the base is copied if anything still needs it."""
     from transformers import AutoModelForCausalLM
     torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype))
