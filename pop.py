@@ -1310,7 +1310,7 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
     sampled, tested = ([g for g in groups if (g.drop_reason == "held_out") == held] for held in (False, True))
     advantages = [c.advantage for g in sampled for c in g.completions if g.drop_reason is None] or [0.0]
     out: dict[str, float] = dict(groups_kept=sum(g.drop_reason is None for g in sampled),
-                                 advantage_min=min(advantages), advantage_max=max(advantages))
+                                 advantage_min=min(advantages), advantage_max=max(advantages)) if sampled else {}
     out |= Counter(f"drop/{g.drop_reason}" for g in sampled if g.drop_reason)
     answers = [c for g in sampled for c in g.completions]
     if scored := [c for c in answers if c.score is not None]:

@@ -1518,7 +1518,8 @@ def test_held_out(judge_weights, make_cfg, monkeypatch, tmp_path):
                                      "policy 2", "base", judged[2], "policy 2", judged[2], "policy 3", "base"]
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3] and ["eval_reward" in m for m in metrics] == [True, False, True, True]
-    assert [key for m in metrics for key in m if not METRICS.fullmatch(key)] == [] and "loss" not in metrics[3]
+    assert [key for m in metrics for key in m if not METRICS.fullmatch(key)] == [] and set(metrics[3]) == {
+        "step", "eval_reward", "eval_reward_se", "eval_closed"}
     rows = [[row for row in read_lines(file)] for file in sorted((tmp_path / "run" / "rollouts").iterdir())]
     tested = [[row for row in step if row["drop_reason"] == "held_out"] for step in rows]
     assert [len(step) for step in tested] == [3, 0, 3, 3] and [len(step) for step in rows] == [5, 2, 5, 3]
@@ -1683,12 +1684,13 @@ def test_interrupted_save_is_not_resumed(make_model, tiny_policy, tmp_path):
     cfg, model = make_model()
     args = (model, pop.make_optimizer(model, cfg), AutoTokenizer.from_pretrained(tiny_policy), cfg)
     pair = Group("d", "t", "r", [], [1, 2], [answer([3], 1.0), answer([4, 5], -1.0)])
-    pop.save_checkpoint(tmp_path, 1, *args, ["a task"], [pair])
+    held_out = Group("e", "a task", "r", RUBRIC)
+    pop.save_checkpoint(tmp_path, 1, *args, ["a task"], [pair], [held_out])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         pop.save_checkpoint(tmp_path, 2, *args)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000001"]
-    assert pop.load_checkpoint(tmp_path, *args[:2]) == (1, ["a task"], [pair])
+    assert pop.load_checkpoint(tmp_path, *args[:2]) == (1, ["a task"], [pair], [held_out])
 
 
 # ---- several ranks ----
