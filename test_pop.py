@@ -1985,7 +1985,7 @@ def test_bf16_weights_come_back(make_model, tiny_policy, tmp_path):
         cfg, model = make_model(lora_rank=0, dtype="bfloat16", learning_rate=1e-3)
         optimizer = pop.make_optimizer(model, cfg)
         if resumed:
-            assert pop.load_checkpoint(tmp_path, model, optimizer) == (1, [], [])
+            assert pop.load_checkpoint(tmp_path, model, optimizer) == (1, [], [], [])
             assert all(torch.equal(p, q) for p, q in zip(saved, model.parameters(), strict=True))
         else:
             pop.update_policy(model, optimizer, training_groups(), cfg)
@@ -3170,14 +3170,11 @@ for line in sys.stdin:
     tally.clear()
     engine.llm.reset_prefix_cache()
     counts, seconds, start = Counter(), {}, time.perf_counter()
-    with pop.timed(seconds, "task"):
-        groups = pop.propose_tasks(engine, pop.corpus_batch(corpus, step, cfg), step, cfg, counts, [])
-    with pop.timed(seconds, "rubric"):
-        pop.write_rubrics(engine, groups, step, cfg, counts)
-    with pop.timed(seconds, "answer"):
-        pop.sample_answers(engine, groups, step, cfg)
-    with pop.timed(seconds, "score"):
-        pop.score_answers(engine, groups, step, cfg, counts)
+    documents = pop.corpus_batch(corpus, step, cfg)
+    groups = pop.timed(seconds, "task", pop.propose_tasks, engine, documents, step, cfg, counts, [])
+    pop.timed(seconds, "rubric", pop.write_rubrics, engine, groups, step, cfg, counts)
+    pop.timed(seconds, "answer", pop.sample_answers, engine, groups, step, cfg)
+    pop.timed(seconds, "score", pop.score_answers, engine, groups, step, cfg, counts)
     wall, scores = time.perf_counter() - start, [[c.score for c in g.completions if c.ratings] for g in groups]
     print(json.dumps(dict(wall=wall, seconds={key[8:]: value for key, value in seconds.items()}, outside=1 - tally["vllm"] / wall,
                           made=tally["made"], read=tally["read"], scores=scores)), flush=True)
