@@ -51,6 +51,16 @@ torch.set_num_threads(1)    # the models here are too small for more
 REPO = Path(pop.__file__).parent
 RUBRIC = [Criterion("facts", "It is red.", "Says red.", 3.0), Criterion("tone", "It is calm.", "Is calm.", 1.0)]
 DOMAINS = ("general", "health", "writing")
+with warnings.catch_warnings():    # there is no ini file to announce the marker in
+    warnings.simplefilter("ignore")
+    bench_only = pytest.mark.bench    # minutes more: run with -m bench
+
+
+@pytest.fixture(autouse=True)
+def minutes_more(request):
+    """A case marked bench_only is skipped unless it is asked for."""
+    if request.node.get_closest_marker("bench") and request.config.getoption("-m") != "bench":
+        pytest.skip("minutes more: run it with -m bench")
 
 
 # ---- fakes ----
@@ -1721,8 +1731,8 @@ def start_ranks(ranks, folder, *args, **environment):
 
 
 @pytest.mark.parametrize("flags", [    # two documents of four answers; longer rows than the budget are checkpointed
-    dict(kl_coef=0.1, docs_per_step=3), dict(lora_rank=0, kl_coef=0.1, minibatches=2), dict(loss="dpo", sync_every=0, lora_rank=0)],
-    ids=str)
+    dict(kl_coef=0.1, docs_per_step=3), dict(lora_rank=0, kl_coef=0.1, minibatches=2),
+    pytest.param(dict(loss="dpo", sync_every=0, lora_rank=0), marks=bench_only)], ids=str)
 def test_two_ranks_do_what_one_does(flags, make_cfg, tmp_path):
     # ranks train on other groups, their gradients are not the sum of one rank's, a shard is lost on its way to a checkpoint
     # or back, or both write
@@ -1827,7 +1837,7 @@ def test_killed_runs_equal_an_unbroken_one(make_cfg, tmp_path):
     same_runs(tmp_path / "whole", run)
 
 
-@pytest.mark.parametrize("ranks, number", [(0, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("ranks, number", [(0, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=bench_only), (2, signal.SIGTERM)])
 def test_a_signal_saves(ranks, number, make_cfg, tmp_path):
     # an ended job loses what it made since the last checkpoint, does not say how to go on, or goes on with other tasks
     cfg = make_cfg()
@@ -2458,13 +2468,11 @@ def run_python(*args, **environment):
 REAL_RUN = ("pop.py", "--preset", "tiny", "--num_steps", "2", "--docs_per_step", "2", "--num_generations", "4")
 
 
-@pytest.mark.parametrize("rank", [16, 0])
+@pytest.mark.parametrize("rank", [16, pytest.param(0, marks=bench_only)])
 def test_real_run(rank, needs_vllm, tmp_path, request):
     # the loop works with a fake engine only: engine and trainer disagree, no answer is ever closed, adapters stay at 0; with
     # -m bench: two ranks sample or train something else than one
     bench = request.config.getoption("-m") == "bench"
-    if rank == 0 and not bench:
-        pytest.skip("minutes more: run it with -m bench")
     flags = (*REAL_RUN, "--lora_rank", str(rank), "--learning_rate", "1e-4")
     run_python(*flags, "--run_dir", tmp_path / "one")
     metrics = read_lines(tmp_path / "one" / "metrics.jsonl")
@@ -2586,7 +2594,8 @@ if pop.RANK == 0:
 """
 
 
-@pytest.mark.parametrize("flags, engines", [("--lora_rank 4 --tensor_parallel_size", 1), ("--lora_rank 0 --tensor_parallel_size", 2)])
+@pytest.mark.parametrize("flags, engines", [
+    ("--lora_rank 4 --tensor_parallel_size", 1), pytest.param("--lora_rank 0 --tensor_parallel_size", 2, marks=bench_only)])
 def test_two_real_ranks(flags, engines, needs_vllm, tmp_path, tiny_policy):
     # two ranks are not one engine or two: each takes other prompts, or some of the weights stay old after a sync
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -2836,11 +2845,6 @@ def test_learns_from_a_reward_that_code_can_check(needs_vllm):
 
 
 # ---- benchmarks: python -m pytest test_pop.py -m bench -s (first: pip install --no-deps trl==1.16.0) ----
-with warnings.catch_warnings():    # there is no ini file to announce the marker in
-    warnings.simplefilter("ignore")
-    bench_only = pytest.mark.bench
-
-
 @pytest.fixture(scope="session")
 def bench(request):
     if request.config.getoption("-m") != "bench":
