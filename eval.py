@@ -5,13 +5,15 @@ score both, and says how sure the difference is.
     python eval.py --model runs/x/checkpoints/step_000100 --baseline Qwen/Qwen2.5-7B --benchmark healthbench --judge JUDGE
     python eval.py report runs/x                            # report.html: curves, evaluations, the rollouts to read
     python eval.py judge --judge JUDGE --labels FILE        # does a judge agree with given labels?
+    python eval.py curves runs/*/metrics.jsonl --out .      # learning.svg and a table: mean of the runs, 95% intervals
+    python eval.py rejudge runs/* --judge JUDGE             # another judge on the answers to a run's held-out tasks
 
 Answers and verdicts are kept in evals/cache: the same command goes on after an interruption, and a second judge costs no
 second sampling. A verdict that cannot be read is left out, together with the other model's, and counted; it is never 0.
 The judges' prompts are our own, so scores compare models here, not with published tables; the rules by which verdicts
 become scores are the published ones.
 
-Sections: 1 settings, 2 benchmarks, 3 models and judges, 4 statistics, 5 evaluation, 6 judging judges, 7 report, 8 main.
+Sections: 1 settings, 2 benchmarks, 3 models and judges, 4 statistics, 5 evaluation, 6 judging judges, 7 runs, 8 main.
 """
 
 # ---- 1. settings ----
@@ -19,6 +21,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -32,7 +35,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec, module_from_spec
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -574,7 +577,105 @@ def judge_judge(cfg: EvalConfig) -> dict[str, Any]:
     return result
 
 
-# ---- 7. report ----
+# ---- 7. runs: several seeds, a second judge, the report ----
+STUDENT = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # t's 97.5% quantile by degrees of freedom
+PANELS: dict[str, Callable[[dict[str, Any]], float]] = {    # of a line of metrics.jsonl
+    "held-out reward": lambda m: m["eval_reward"],
+    "held-out answers that are closed": lambda m: m["eval_closed"],
+    "held-out reward of the closed ones": lambda m: m["eval_reward"] / m["eval_closed"],
+    "training reward": lambda m: m["reward_mean"],
+    "tokens in a training answer": lambda m: m["answer_tokens"]}
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, ...) -> mean over n and half the width of its 95% interval (Student's t, from n = 10 on that of 10)."""
+    return values.mean(0), STUDENT[min(len(values), len(STUDENT)) - 1] * values.std(0, ddof=1) / len(values) ** 0.5
+
+
+def print_changes(rows: dict[str, np.ndarray]) -> None:
+    """A Markdown table of (n, 2) values before and after training, with intervals over n runs, or n tasks of one run."""
+    print("| | before | after | change [95%] |\n|---|---|---|---|")
+    for title, values in rows.items():
+        mean, half = interval(values[:, 1] - values[:, 0])
+        before, after = values.mean(0)
+        print(f"| {title} | {before:.3f} | {after:.3f} | {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] |")
+
+
+def write_curves(files: Sequence[str], out: Path) -> Path:
+    """learning.svg: each panel's mean over runs, its 95% interval, and the runs. Prints the change from the first point (of
+    training: first quarter of the steps) to the last."""
+    if len(files) < 2:
+        fail("curves: needs the metrics.jsonl of two runs or more that differ in --seed")
+    runs = [read_rows(file, "curves") for file in files]
+    panels, changes = [], {}
+    for i, (title, value) in enumerate(PANELS.items()):
+        curves: list[dict[int, float]] = [{} for _ in runs]
+        for curve, m in ((curve, m) for curve, lines in zip(curves, runs) for m in lines):
+            with suppress(KeyError, ZeroDivisionError):    # not measured in this step
+                curve[m["step"]] = value(m)
+        steps = sorted(set.intersection(*map(set, curves)))
+        if len(steps) < 2:
+            fail(f"curves: no two steps with \"{title}\" in all runs")
+        values = np.array([[curve[step] for step in steps] for curve in curves])    # (runs, steps)
+        mean, half = interval(values)
+        ends = max(1, len(steps) // 4)
+        changes[title] = np.stack([values[:, :ends].mean(1), values[:, -ends:].mean(1)], axis=1)
+        low, high = min((mean - half).min(), values.min()), max((mean + half).max(), values.max()) + 1e-9
+
+        def path(y: np.ndarray, x: Sequence[int] = steps, low: float = low, high: float = high) -> str:
+            return " ".join(f"{150 * step / steps[-1]:.1f},{100 * (high - v) / (high - low):.1f}" for step, v in zip(x, y, strict=True))
+
+        band = path(mean + half) + " " + path((mean - half)[::-1], steps[::-1])
+        panels.append(f"""<g transform="translate({45 + 205 * i} 30)"><text x="75" y="-12" text-anchor="middle">{title}</text>
+<path d="M0 0V100H150" fill="none" stroke="#888"/><text x="-4" y="8" text-anchor="end">{high:.2f}</text>
+<text x="-4" y="100" text-anchor="end">{low:.2f}</text><text x="150" y="114" text-anchor="end">{steps[-1]} steps</text>
+<polygon points="{band}" fill="#2a6fbb" opacity=".2"/>
+{"".join(f'<polyline points="{path(run)}" fill="none" stroke="#999" stroke-width=".7"/>' for run in values)}
+<polyline points="{path(mean)}" fill="none" stroke="#2a6fbb" stroke-width="2"/></g>""")
+    print_changes(changes)
+    out.mkdir(parents=True, exist_ok=True)
+    picture = "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1035 155" font-family="sans-serif" font-size="10">',
+                         '<rect width="1035" height="155" fill="#fff"/>', *panels, "</svg>\n"])
+    (out / "learning.svg").write_text(picture, encoding="utf-8")
+    return out / "learning.svg"
+
+
+def rejudge(cfg: EvalConfig, runs: Sequence[str]) -> dict[str, np.ndarray]:
+    """The answers to each run's held-out tasks before its first update and after its last, rated by --judge on the run's own
+    rubrics; with and without the rule that an unclosed answer scores 0. And without any judge: how many of the golds' words
+    (of four letters or more) are in the answer."""
+    if not runs:
+        fail("rejudge: needs the folder of a run")
+    answers = []    # (run, 0 before or 1 after, group, completion)
+    for i, run in enumerate(runs):
+        steps = [[g for g in read_rows(str(file), "run") if g["drop_reason"] == "held_out"]
+                 for file in sorted(Path(run).glob("rollouts/step_*.jsonl"))]
+        measured = [groups for groups in steps if groups]
+        if len(measured) < 2:
+            fail(f"rejudge {run}: holds no two measures of held-out tasks (pop.py --eval_every)")
+        answers += [(i, when, g, c) for when, groups in enumerate((measured[0], measured[-1])) for g in groups for c in g["completions"]]
+    texts = [re.sub(r"</?answer>", " ", c["text"]).strip() for *_, c in answers]
+    units = [(Item("", user_turn(g["task"]), criteria=[Criterion(**c) for c in g["rubric"]], reference=g["reference"]), None, text)
+             for (_, _, g, _), text in zip(answers, texts)]
+    found = judge_answers(cfg, units)
+    measures: dict[str, list[float | None]] = {title: [] for title in (
+        "reward of the run's judge", "closed", "reward of this judge", "this judge, closed or not", "golds' words", "words")}
+    for (_, _, g, c), (item, _, text), ratings in zip(answers, units, found):
+        score = ratings and pop.rubric_score(ratings, [k.weight for k in item.criteria])
+        closed = bool(pop.parse_answer(c["text"]))
+        golds, said = (set(re.findall(r"\w{4,}", words.lower())) for words in (" ".join(k.gold for k in item.criteria), text))
+        row = (c["score"], closed, score if closed else 0.0, score, len(golds & said) / max(1, len(golds)), len(text.split()))
+        for values, value in zip(measures.values(), row, strict=True):
+            values.append(value)
+    samples = [(run if len(runs) > 1 else g["task"], when) for run, when, g, _ in answers]    # of one run: its tasks
+    means = {title: np.array([[np.mean([v for v, s in zip(values, samples) if s == (sample, when) and v is not None])
+                               for when in (0, 1)] for sample in dict.fromkeys(sample for sample, _ in samples)])
+             for title, values in measures.items()}
+    print(f"{len(answers)} answers, {found.count(None)} without a verdict of {short_name(cfg.judge)} ({cfg.scoring})")
+    print_changes(means)
+    return means
+
+
 def write_report(run_dir: Path, out: Path) -> Path:
     """report.html in the run folder: curves, evaluations of its checkpoints, and the rollouts to read; one self-contained file.
     Texts are data for the page's script (assets/report.html), never markup."""
@@ -598,18 +699,18 @@ def write_report(run_dir: Path, out: Path) -> Path:
 
 
 # ---- 8. main ----
-def check(cfg: EvalConfig, judging: bool) -> None:
+def check(cfg: EvalConfig, command: str) -> None:
     """Fill in what derives from the rest. Exits with one line on what cannot work, before a model answers anything."""
     benchmark, url = BENCHMARKS.get(cfg.benchmark), (cfg.judge or "").startswith("http")
     cfg.baseline = cfg.baseline or adapter(cfg.model or "").get("base_model_name_or_path")
     cfg.temperature = benchmark.temperature if cfg.temperature is None and benchmark else cfg.temperature
-    wrong = [    # where this holds, the flag, what to do; judging a judge needs no more than the first three
+    wrong = [    # where this holds, the flag, what to do
         (not cfg.judge and cfg.benchmark != "ifeval", "judge", "needed: a model, or the URL of an endpoint"),
         (url != bool(cfg.judge_model), "judge_model", "goes with a --judge that is a URL"),
-        (judging and not cfg.labels, "labels", "needed: a JSONL file"),
-        (not judging and not benchmark, "benchmark", f"needed: one of {', '.join(BENCHMARKS)}"),
-        (not judging and not cfg.model, "model", "needed: what is to be measured"),
-        (not judging and not cfg.baseline, "baseline", "needed: the model to compare with"),
+        (command == "judge" and not cfg.labels, "labels", "needed: a JSONL file"),
+        (not command and not benchmark, "benchmark", f"needed: one of {', '.join(BENCHMARKS)}"),
+        (not command and not cfg.model, "model", "needed: what is to be measured"),
+        (not command and not cfg.baseline, "baseline", "needed: the model to compare with"),
         (cfg.benchmark == "own" and not cfg.data, "data", "needed: a file of prompts, or a held-out corpus"),
         (cfg.scoring == "expected" and url, "scoring", "expected reads probabilities: needs a --judge that is a model"),
         (min(cfg.seeds, cfg.max_new_tokens) < 1 or cfg.limit < 0, "seeds, max_new_tokens, limit", "must be above 0 (limit 0: all)"),
@@ -629,16 +730,20 @@ def check(cfg: EvalConfig, judging: bool) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = HfArgumentParser(EvalConfig, usage="python eval.py [report RUN | judge] [--flag value ...]", description=__doc__,
+    parser = HfArgumentParser(EvalConfig, usage="python eval.py [report RUN | curves FILES | rejudge RUNS | judge] [--flag value ...]",
+                              description=__doc__,
                               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
-    command = argv[0] if argv[:1] in (["report"], ["judge"]) else ""
-    cfg = EvalConfig(**vars(parser.parse_args(argv[{"report": 2, "judge": 1, "": 0}[command]:])))
+    command = argv[0] if argv and argv[0] in ("report", "curves", "rejudge", "judge") else ""
+    paths = list(takewhile(lambda arg: not arg.startswith("--"), argv[1:] if command else []))
+    cfg = EvalConfig(**vars(parser.parse_args(argv[len(paths) + bool(command):])))
     if command == "report":
-        return print(write_report(Path(*argv[1:2]), Path(cfg.out)))
-    check(cfg, command == "judge")
+        return print(write_report(Path(*paths), Path(cfg.out)))
+    if command == "curves":
+        return print(write_curves(paths, Path(cfg.out)))
+    check(cfg, command)
     try:
-        judge_judge(cfg) if command else evaluate(cfg)
+        dict(judge=judge_judge, rejudge=partial(rejudge, runs=paths)).get(command, evaluate)(cfg)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on", code=1)
 

@@ -13,7 +13,7 @@ The document makes judging easier than answering. That gap is the fuel: nobody h
 
     score      r_i    = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]              rubric_score
     advantage  A_i    = r_i - mean(r_1..r_G)              group-relative         group_advantages
-    ratio      rho_it = exp(logprob_it - engine_logprob_it),   c_it = stop_grad(min(rho_it, ratio_cap))
+    ratio      ratio_it = exp(logprob_it - engine_logprob_it),   c_it = stop_grad(min(ratio_it, ratio_cap))
     loss       L      = -(1/N) sum_i sum_t c_it A_i logprob_it                   policy_gradient_loss
                         N is one constant a step; --kl_coef adds KL(policy || base), see micro_batch_loss
 
@@ -130,7 +130,7 @@ class Config:
     length_gap: int = flag(100, "no pair of answers whose lengths are more words apart (paper: 100)")
     lora_rank: int = flag(32, "rank of the adapters on all linear layers; 0 trains the full weights (paper: full)")
     lora_alpha: float | None = flag(None, "adapter scale is lora_alpha / lora_rank; default: 2 * lora_rank")
-    learning_rate: float | None = flag(None, "AdamW; default: 1e-5 for LoRA, 1e-6 for full weights (paper: 1e-6)")
+    learning_rate: float | None = flag(None, "AdamW; default: 1e-4 for LoRA, tiny 3e-4; 1e-6 for full weights (paper)")
     warmup_steps: int | None = flag(None, "linear warm-up; default: 5, with cosine a tenth of --num_steps (paper)")
     lr_schedule: str = flag("constant", "after the warm-up; cosine falls to 0 (paper)", ("constant", "cosine"))
     micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass; a longer row is checkpointed: slower")
@@ -181,7 +181,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
     cfg = Config(**vars(parser.parse_args(argv)))
     check_flags(cfg, {f.name for f in fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
-    derived = dict(learning_rate=1e-5 if cfg.lora_rank else 1e-6, lora_alpha=2.0 * cfg.lora_rank,
+    derived = dict(lora_alpha=2.0 * cfg.lora_rank, learning_rate=(3e-4 if cfg.preset == "tiny" else 1e-4) if cfg.lora_rank else 1e-6,
                    warmup_steps=cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5,
                    run_dir=f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
     return replace(cfg, **{name: value for name, value in derived.items() if getattr(cfg, name) is None})
@@ -1078,8 +1078,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 # ---- 10. loss and update ----
 def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: float,
                          ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
-    """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c_it = stop_grad(min(exp(logprob_it - engine_logprob_it), ratio_cap)).
-    logprobs, engine_logprobs, mask: (B, T); advantages: (B,) or, one a token, (B, T); normalizer: N, the same for all
+    """L = -(1/N) sum_i sum_t c_it A_i logprob_it,  c_it = stop_grad(min(ratio_it, ratio_cap)),  ratio = exp(logprob - engine_logprob).
+    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,) or, one a token, (B, T); normalizer N: the same for all
     micro-batches of a step. No 1/length: it favours short good and long bad answers. The capped ratio makes up for the
     engine's rounding and for stale weights (truncated importance sampling as in IMPALA, arXiv 1802.01561).
     Returns the loss and sums over masked tokens, to be added up over micro-batches: tokens, neg_logprob, gap, k3, clipped."""
@@ -1185,17 +1185,17 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
     them; none where loss or gradient is not finite. Metrics; none, and no step, if nothing was kept."""
     kept = [g for g in groups if g.drop_reason is None]
     if cfg.loss == "dpo":
-        shares = [[[(g, c) for c in g.completions] for g in kept[i:i + cfg.docs_per_step]]
+        splits = [[[(g, c) for c in g.completions] for g in kept[i:i + cfg.docs_per_step]]
                   for i in range(0, len(kept), cfg.docs_per_step)]
     else:
-        shares = [[[(g, c)] for g in kept[i::cfg.minibatches] for c in g.completions if c.score is not None]
+        splits = [[[(g, c)] for g in kept[i::cfg.minibatches] for c in g.completions if c.score is not None]
                   for i in range(min(cfg.minibatches, len(kept)))]
-    if not shares:
+    if not splits:
         return {}
     parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
     minibatches = []    # lists of (micro-batch, weight). FSDP2 needs as many on each rank: the last one fills up, with weight 0
-    for share in shares:
-        batches = list(micro_batches(share, cfg.micro_batch_tokens))
+    for units in splits:
+        batches = list(micro_batches(units, cfg.micro_batch_tokens))
         weighted = [(b, WORLD) for b in batches] + [(batches[-1], 0)] * (-len(batches) % WORLD)
         minibatches.append([(collate(b, parameters[0].device), weight) for b, weight in weighted[RANK::WORLD]])
     if cfg.kl_coef:    # once, before the first step: the model is the base for a moment, LoRA 0 or full weights from the host
@@ -1207,11 +1207,11 @@ def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: li
                 b["base_logprobs"] = batch_logprobs(model, b, cfg)
         model.load_state_dict(policy, strict=False)
     sums = Counter(ranks=1)
-    for share, minibatch in zip(shares, minibatches):
+    for units, minibatch in zip(splits, minibatches):
         normalizer = dict(    # constant: what was sampled, dropped or cut off does not change the weight of an answer
             constant=cfg.docs_per_step * cfg.tasks_per_doc * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches,
-            tokens=sum(len(c.token_ids) for unit in chain(*shares) for _, c in unit) / len(shares),
-            dpo=len(share))["dpo" if cfg.loss == "dpo" else cfg.loss_norm]
+            tokens=sum(len(c.token_ids) for unit in chain(*splits) for _, c in unit) / len(splits),
+            dpo=len(units))["dpo" if cfg.loss == "dpo" else cfg.loss_norm]
         part: Counter[str] = Counter()
         for b, weight in tqdm(minibatch, desc="update", leave=False, disable=RANK > 0 or None):
             loss, stats = micro_batch_loss(batch_logprobs(model, b, cfg), b, normalizer, cfg)

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
+from xml.etree import ElementTree
 
 ENVIRONMENT = dict(os.environ)    # for processes of their own
 OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
@@ -283,7 +284,8 @@ def test_presets_and_derived_values():
     assert pop.parse_args(["--preset", "tiny"]).num_steps == pop.TINY["num_steps"]
     cfg = pop.parse_args(["--num_steps", "200", "--preset", "tiny", "--learning_rate", "0.5"])
     assert (cfg.num_steps, cfg.learning_rate, cfg.lora_alpha) == (200, 0.5, 2.0 * pop.TINY["lora_rank"])
-    assert pop.parse_args([]).learning_rate == 1e-5 and pop.parse_args(["--lora_rank", "0"]).learning_rate == 1e-6
+    assert pop.parse_args([]).learning_rate == 1e-4 and pop.parse_args(["--preset", "tiny"]).learning_rate == 3e-4
+    assert {pop.parse_args(["--lora_rank", "0", *flags]).learning_rate for flags in ([], ["--preset", "tiny"], ["--preset", "paper"])} == {1e-6}
     assert pop.parse_args(["--lora_rank", "8", "--lora_alpha", "4"]).lora_alpha == 4.0
     assert pop.parse_args([]).warmup_steps == 5 and pop.parse_args(["--num_steps", "70", "--lr_schedule", "cosine"]).warmup_steps == 7
 
@@ -2382,6 +2384,8 @@ def test_no_answer_speaks_to_the_judge(ask):
 @pytest.mark.parametrize("flags, words", [
     ([], "--judge"), (["--judge", "MODEL"], "--benchmark"), (["--judge", "MODEL", "--benchmark", "ifeval", "--model", "MODEL"], "--baseline"),
     (["--judge", "MODEL", "--benchmark", "writing"], "healthbench, "), (["judge", "--judge", "MODEL"], "--labels"), (["report", "nowhere"], "nowhere"),
+    (["curves", "one.jsonl"], "two runs"), (["curves", "no.jsonl", "nor.jsonl"], "no.jsonl"), (["rejudge", "--judge", "MODEL"], "rejudge"),
+    (["rejudge", "nowhere", "--judge", "MODEL"], "nowhere"), (["rejudge", "nowhere"], "--judge"),
     (["--judge", "http://127.0.0.1:9/v1", "--benchmark", "own", "--model", "MODEL", "--baseline", "MODEL", "--data", "x"], "--judge_model"),
     (["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m", "--benchmark", "writingbench", "--model", "MODEL", "--baseline", "MODEL"], "127.0.0.1:9"),
     (["--judge", "MODEL", "--benchmark", "ifeval", "--model", "/no/model", "--baseline", "MODEL"], "/no/model"),
@@ -2401,6 +2405,62 @@ def test_eval_errors(flags, words, tiny_policy, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evals.ProcessPoolExecutor, "submit", lambda *a: pytest.fail("an engine was started"))
     out = [] if flags[:1] == ["report"] else ["--out", str(tmp_path)]
     assert words in fails(capsys, evals.main, [*(tiny_policy if flag == "MODEL" else flag for flag in flags), *out])
+
+
+def test_interval_over_runs():
+    # z instead of t (three runs then look twice as sure), or n instead of n - 1
+    mean, half = evals.interval(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]))
+    assert mean.tolist() == [2.0, 5.0] and half == pytest.approx([4.303 / 3 ** 0.5, 0.0], rel=1e-3)
+    samples = np.random.default_rng(0).normal(size=(4000, 3))
+    covered = [abs(m) <= h for m, h in (evals.interval(row) for row in samples)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+def test_curves(tmp_path, capsys):
+    # a point that one run lacks is drawn, or the last step's training metrics are taken for a measure
+    for run, shift in enumerate((0.0, 0.1, 0.2)):
+        rows = [dict(step=step, reward_mean=0.1 * step + shift, answer_tokens=40.0 - step) for step in range(8)] + [dict(step=8)]
+        for step, reward in ((0, 0.2), (4, 0.5), (8, 0.4 + shift)):
+            rows[step] |= dict(eval_reward=reward, eval_closed=0.5 if step == 0 else 1.0)
+        (tmp_path / f"{run}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9 - (run == 2)]))
+    files = [str(tmp_path / f"{run}.jsonl") for run in range(3)]
+    evals.main(["curves", *files[:2], "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    half = 12.71 * np.std([0.2, 0.3], ddof=1) / 2 ** 0.5
+    assert f"| held-out reward | 0.200 | 0.450 | +0.250 [{0.25 - half:+.3f}, {0.25 + half:+.3f}] |" in printed
+    assert "| held-out answers that are closed | 0.500 | 1.000 | +0.500 [+0.500, +0.500] |" in printed
+    assert "| held-out reward of the closed ones | 0.400 | 0.450 | +0.050" in printed
+    assert "| training reward | 0.100 | 0.700 | +0.600 [+0.600, +0.600] |" in printed    # first and last quarter of the steps
+    picture = ElementTree.parse(tmp_path / "out" / "learning.svg")
+    lines = [[float(point.split(",")[0]) for point in line.get("points").split()] for line in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert len(lines) == 5 * 3 and lines[:3] == [[0.0, 75.0, 150.0]] * 3 and len(lines[-1]) == 8    # two runs and their mean
+    evals.main(["curves", *files, "--out", str(tmp_path / "out")])    # the third one's last measure is missing
+    assert "| held-out reward | 0.200 | 0.500 |" in capsys.readouterr().out
+
+
+def test_rejudge(evaluation, tmp_path, capsys):
+    # another judge's scores go to the wrong run or time, an unclosed answer is not judged, training answers are counted
+    def group(task, drop_reason, *texts):
+        return dict(document="d", task=task, reference="r", rubric=[dataclasses.asdict(c) for c in RUBRIC], drop_reason=drop_reason,
+                    completions=[dict(text=text, finish_reason="stop", score=0.25, ratings=None, advantage=0.0, tokens=9) for text in texts])
+    for run in ("one", "two"):
+        (tmp_path / run / "rollouts").mkdir(parents=True)
+        for step, texts in enumerate((["<answer>quality 1</answer>", "<answer>quality 2"], ["<answer>in between</answer>"],
+                                      ["<answer>quality 2</answer>", "<answer>quality 2 </answer>"])):
+            groups = [group("train", None, "<answer>quality 1</answer>")] + ([group(t, "held_out", *texts) for t in ("a", "b")] if step != 1 else [])
+            (tmp_path / run / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
+    runs = [str(tmp_path / run) for run in ("one", "two")]
+    flags = ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "evals")]
+    evals.main(["rejudge", *runs, *flags])
+    printed = capsys.readouterr().out
+    assert "16 answers, 0 without a verdict" in printed
+    for title, before, after in (("reward of the run's judge", 0.25, 0.25), ("closed", 0.5, 1.0), ("reward of this judge", 0.25, 1.0),
+                                 ("this judge, closed or not", 0.75, 1.0), ("golds' words", 0.0, 0.0), ("words", 2.0, 2.0)):
+        assert f"| {title} | {before:.3f} | {after:.3f} | {after - before:+.3f} [" in printed, title
+    evals.main(["rejudge", runs[0], *flags])    # of one run: over its tasks
+    assert "8 answers" in capsys.readouterr().out
+    (tmp_path / "one" / "rollouts" / "step_000002.jsonl").unlink()
+    assert "--eval_every" in fails(capsys, evals.main, ["rejudge", runs[0], *flags])
 
 
 def write_run(run, texts, steps=1, answers=1):
