@@ -324,8 +324,20 @@ def test_documented_evaluations(source):
     text = (REPO / source).read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^\s*python eval\.py(.*)", text, re.MULTILINE)
     flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command.partition("#")[0])}
-    assert len(commands) == 3 and flags <= {f.name for f in dataclasses.fields(evals.EvalConfig)}
+    assert len(commands) >= 5 and flags <= {f.name for f in dataclasses.fields(evals.EvalConfig)}
+    assert {command.split()[0] for command in commands} <= {"report", "judge", "curves", "rejudge", "--model"}
     assert set(re.findall(r"--benchmark (\w+)", text)) <= evals.BENCHMARKS.keys()
+
+
+def test_names_in_readme():
+    # a link leads nowhere; a function, metric or flag that README names is gone
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    sources = "".join((REPO / name).read_text(encoding="utf-8") for name in ("pop.py", "eval.py", "test_pop.py"))
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    names = set(re.findall(r"`(?:--)?([a-z]+_\w+)`", text))
+    assert len(names) > 30 and [name for name in sorted(names) if not re.search(rf"\b{name}\b", sources)] == []
+    links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text)
+    assert [link for link in map("".join, links) if not link.startswith(("http", "#")) and not (REPO / link).is_file()] == []
 
 
 @pytest.mark.parametrize("source", ["pop.py", "README.md"])
@@ -2436,6 +2448,15 @@ def test_curves(tmp_path, capsys):
     assert len(lines) == 5 * 3 and lines[:3] == [[0.0, 75.0, 150.0]] * 3 and len(lines[-1]) == 8    # two runs and their mean
     evals.main(["curves", *files, "--out", str(tmp_path / "out")])    # the third one's last measure is missing
     assert "| held-out reward | 0.200 | 0.500 |" in capsys.readouterr().out
+
+
+def test_readme_results(tmp_path, capsys):
+    # README's picture or table of the recorded runs is not what its command makes of them
+    runs = sorted(map(str, (REPO / "assets" / "runs").glob("seed*.jsonl")))
+    evals.main(["curves", *runs, "--out", str(tmp_path)])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(runs) == 3 and "\n".join(table) in (REPO / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "learning.svg").read_text() == (REPO / "assets" / "learning.svg").read_text()
 
 
 def test_rejudge(evaluation, tmp_path, capsys):
