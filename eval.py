@@ -5,7 +5,6 @@ score both, and says how sure the difference is.
     python eval.py --model runs/x/checkpoints/step_000100 --baseline Qwen/Qwen2.5-7B --benchmark healthbench --judge JUDGE
     python eval.py report runs/x                            # report.html: curves, evaluations, the rollouts to read
     python eval.py judge --judge JUDGE --labels FILE        # does a judge agree with given labels?
-    python eval.py curves runs/*/metrics.jsonl --out .      # learning.svg and a table: mean of the runs, 95% intervals
     python eval.py rejudge runs/* --judge JUDGE             # another judge on the answers to a run's held-out tasks
 
 Answers and verdicts are kept in evals/cache: the same command goes on after an interruption, and a second judge costs no
@@ -21,7 +20,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -577,14 +575,8 @@ def judge_judge(cfg: EvalConfig) -> dict[str, Any]:
     return result
 
 
-# ---- 7. runs: several seeds, a second judge, the report ----
-STUDENT = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # t's 97.5% quantile by degrees of freedom
-PANELS: dict[str, Callable[[dict[str, Any]], float]] = {    # of a line of metrics.jsonl
-    "held-out reward": lambda m: m["eval_reward"],
-    "held-out answers that are closed": lambda m: m["eval_closed"],
-    "held-out reward of the closed ones": lambda m: m["eval_reward"] / m["eval_closed"],
-    "training reward": lambda m: m["reward_mean"],
-    "tokens in a training answer": lambda m: m["answer_tokens"]}
+# ---- 7. runs: a second judge, the report ----
+STUDENT = (np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # t's 97.5% quantile by degrees of freedom
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -601,79 +593,34 @@ def print_changes(rows: dict[str, np.ndarray]) -> None:
         print(f"| {title} | {before:.3f} | {after:.3f} | {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] |")
 
 
-def write_curves(files: Sequence[str], out: Path) -> Path:
-    """learning.svg: each panel's mean over runs, its 95% interval, and the runs. Prints the change from the first point (of
-    training: first quarter of the steps) to the last."""
-    if len(files) < 2:
-        fail("curves: needs the metrics.jsonl of two runs or more that differ in --seed")
-    runs = [read_rows(file, "curves") for file in files]
-    panels, changes = [], {}
-    for i, (title, value) in enumerate(PANELS.items()):
-        curves: list[dict[int, float]] = [{} for _ in runs]
-        for curve, m in ((curve, m) for curve, lines in zip(curves, runs) for m in lines):
-            with suppress(KeyError, ZeroDivisionError):    # not measured in this step
-                curve[m["step"]] = value(m)
-        steps = sorted(set.intersection(*map(set, curves)))
-        if len(steps) < 2:
-            fail(f"curves: no two steps with \"{title}\" in all runs")
-        values = np.array([[curve[step] for step in steps] for curve in curves])    # (runs, steps)
-        mean, half = interval(values)
-        ends = max(1, len(steps) // 4)
-        changes[title] = np.stack([values[:, :ends].mean(1), values[:, -ends:].mean(1)], axis=1)
-        low, high = min((mean - half).min(), values.min()), max((mean + half).max(), values.max()) + 1e-9
-
-        def path(y: np.ndarray, x: Sequence[int] = steps, low: float = low, high: float = high) -> str:
-            return " ".join(f"{150 * step / steps[-1]:.1f},{100 * (high - v) / (high - low):.1f}" for step, v in zip(x, y, strict=True))
-
-        band = path(mean + half) + " " + path((mean - half)[::-1], steps[::-1])
-        panels.append(f"""<g transform="translate({45 + 205 * i} 30)"><text x="75" y="-12" text-anchor="middle">{title}</text>
-<path d="M0 0V100H150" fill="none" stroke="#888"/><text x="-4" y="8" text-anchor="end">{high:.2f}</text>
-<text x="-4" y="100" text-anchor="end">{low:.2f}</text><text x="150" y="114" text-anchor="end">{steps[-1]} steps</text>
-<polygon points="{band}" fill="#2a6fbb" opacity=".2"/>
-{"".join(f'<polyline points="{path(run)}" fill="none" stroke="#999" stroke-width=".7"/>' for run in values)}
-<polyline points="{path(mean)}" fill="none" stroke="#2a6fbb" stroke-width="2"/></g>""")
-    print_changes(changes)
-    out.mkdir(parents=True, exist_ok=True)
-    picture = "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1035 155" font-family="sans-serif" font-size="10">',
-                         '<rect width="1035" height="155" fill="#fff"/>', *panels, "</svg>\n"])
-    (out / "learning.svg").write_text(picture, encoding="utf-8")
-    return out / "learning.svg"
-
-
-def rejudge(cfg: EvalConfig, runs: Sequence[str]) -> dict[str, np.ndarray]:
+def rejudge(cfg: EvalConfig, runs: Sequence[str]) -> None:
     """The answers to each run's held-out tasks before its first update and after its last, rated by --judge on the run's own
     rubrics; with and without the rule that an unclosed answer scores 0. And without any judge: how many of the golds' words
-    (of four letters or more) are in the answer."""
+    (of four letters or more) are in the answer. Prints the changes over runs; of one run, over its tasks."""
     if not runs:
         fail("rejudge: needs the folder of a run")
-    answers = []    # (run, 0 before or 1 after, group, completion)
-    for i, run in enumerate(runs):
-        steps = [[g for g in read_rows(str(file), "run") if g["drop_reason"] == "held_out"]
-                 for file in sorted(Path(run).glob("rollouts/step_*.jsonl"))]
-        measured = [groups for groups in steps if groups]
+    asked, units = [], []    # of each answer: (run or task, 0 before or -1 after, closed, score of the run's judge); see Unit
+    for run in runs:
+        measured = [held for file in sorted(Path(run).glob("rollouts/step_*.jsonl"))
+                    if (held := [g for g in read_rows(str(file), "run") if g["drop_reason"] == "held_out"])]
         if len(measured) < 2:
             fail(f"rejudge {run}: holds no two measures of held-out tasks (pop.py --eval_every)")
-        answers += [(i, when, g, c) for when, groups in enumerate((measured[0], measured[-1])) for g in groups for c in g["completions"]]
-    texts = [re.sub(r"</?answer>", " ", c["text"]).strip() for *_, c in answers]
-    units = [(Item("", user_turn(g["task"]), criteria=[Criterion(**c) for c in g["rubric"]], reference=g["reference"]), None, text)
-             for (_, _, g, _), text in zip(answers, texts)]
+        for when, g, c in ((when, g, c) for when in (0, -1) for g in measured[when] for c in g["completions"]):
+            answer = Completion([], [], c["text"], c["finish_reason"]).answer
+            item = Item("", user_turn(g["task"]), criteria=[Criterion(**k) for k in g["rubric"]], reference=g["reference"])
+            units.append((item, None, answer or re.sub(r"</?answer>", " ", c["text"]).strip()))
+            asked.append((run if len(runs) > 1 else g["task"], when, bool(answer), np.nan if c["score"] is None else c["score"]))
+    rows: dict[tuple[str, int], list[list[float]]] = {}
     found = judge_answers(cfg, units)
-    measures: dict[str, list[float | None]] = {title: [] for title in (
-        "reward of the run's judge", "closed", "reward of this judge", "this judge, closed or not", "golds' words", "words")}
-    for (_, _, g, c), (item, _, text), ratings in zip(answers, units, found):
-        score = ratings and pop.rubric_score(ratings, [k.weight for k in item.criteria])
-        closed = bool(pop.parse_answer(c["text"]))
+    for (sample, when, closed, own), (item, _, text), ratings in zip(asked, units, found):
+        score = pop.rubric_score(ratings, [k.weight for k in item.criteria]) if ratings else np.nan
         golds, said = (set(re.findall(r"\w{4,}", words.lower())) for words in (" ".join(k.gold for k in item.criteria), text))
-        row = (c["score"], closed, score if closed else 0.0, score, len(golds & said) / max(1, len(golds)), len(text.split()))
-        for values, value in zip(measures.values(), row, strict=True):
-            values.append(value)
-    samples = [(run if len(runs) > 1 else g["task"], when) for run, when, g, _ in answers]    # of one run: its tasks
-    means = {title: np.array([[np.mean([v for v, s in zip(values, samples) if s == (sample, when) and v is not None])
-                               for when in (0, 1)] for sample in dict.fromkeys(sample for sample, _ in samples)])
-             for title, values in measures.items()}
-    print(f"{len(answers)} answers, {found.count(None)} without a verdict of {short_name(cfg.judge)} ({cfg.scoring})")
-    print_changes(means)
-    return means
+        rows.setdefault((sample, when), []).append(
+            [own, closed, score if closed else 0.0, score, len(golds & said) / max(1, len(golds)), len(text.split())])
+    means = np.array([[np.nanmean(rows[sample, when], axis=0) for when in (0, -1)] for sample in dict.fromkeys(s for s, _ in rows)])
+    print(f"{len(units)} answers, {found.count(None)} without a verdict of {short_name(cfg.judge)} ({cfg.scoring})")
+    titles = ("reward of the run's judge", "closed", "reward of this judge", "this judge, closed or not", "golds' words", "words")
+    print_changes(dict(zip(titles, np.moveaxis(means, 2, 0), strict=True)))
 
 
 def write_report(run_dir: Path, out: Path) -> Path:
@@ -730,20 +677,17 @@ def check(cfg: EvalConfig, command: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = HfArgumentParser(EvalConfig, usage="python eval.py [report RUN | curves FILES | rejudge RUNS | judge] [--flag value ...]",
-                              description=__doc__,
-                              formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = HfArgumentParser(EvalConfig, usage="python eval.py [report RUN | rejudge RUNS | judge] [--flag value ...]",
+                              description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
-    command = argv[0] if argv and argv[0] in ("report", "curves", "rejudge", "judge") else ""
+    command = argv[0] if argv and argv[0] in ("report", "rejudge", "judge") else ""
     paths = list(takewhile(lambda arg: not arg.startswith("--"), argv[1:] if command else []))
     cfg = EvalConfig(**vars(parser.parse_args(argv[len(paths) + bool(command):])))
     if command == "report":
         return print(write_report(Path(*paths), Path(cfg.out)))
-    if command == "curves":
-        return print(write_curves(paths, Path(cfg.out)))
     check(cfg, command)
     try:
-        dict(judge=judge_judge, rejudge=partial(rejudge, runs=paths)).get(command, evaluate)(cfg)
+        judge_judge(cfg) if command == "judge" else rejudge(cfg, paths) if command else evaluate(cfg)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on", code=1)
 

@@ -1078,7 +1078,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 # ---- 10. loss and update ----
 def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: float,
                          ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
-    """L = -(1/N) sum_i sum_t c_it A_i logprob_it,  c_it = stop_grad(min(ratio_it, ratio_cap)),  ratio = exp(logprob - engine_logprob).
+    """L = -(1/N) sum_i sum_t c_it A_i logprob_it, c = stop_grad(min(ratio, ratio_cap)), ratio = exp(logprob - engine_logprob).
     logprobs, engine_logprobs, mask: (B, T); advantages A: (B,) or, one a token, (B, T); normalizer N: the same for all
     micro-batches of a step. No 1/length: it favours short good and long bad answers. The capped ratio makes up for the
     engine's rounding and for stale weights (truncated importance sampling as in IMPALA, arXiv 1802.01561).

@@ -46,6 +46,7 @@ from torch import nn
 
 import eval as evals
 import pop
+from assets import curves
 from pop import Completion, Criterion, Group, ParseError
 
 torch.set_num_threads(1)    # the models here are too small for more
@@ -324,8 +325,8 @@ def test_documented_evaluations(source):
     text = (REPO / source).read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^\s*python eval\.py(.*)", text, re.MULTILINE)
     flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command.partition("#")[0])}
-    assert len(commands) >= 5 and flags <= {f.name for f in dataclasses.fields(evals.EvalConfig)}
-    assert {command.split()[0] for command in commands} <= {"report", "judge", "curves", "rejudge", "--model"}
+    assert len(commands) == 4 and flags <= {f.name for f in dataclasses.fields(evals.EvalConfig)}
+    assert {command.split()[0] for command in commands} == {"report", "judge", "rejudge", "--model"}
     assert set(re.findall(r"--benchmark (\w+)", text)) <= evals.BENCHMARKS.keys()
 
 
@@ -2396,8 +2397,7 @@ def test_no_answer_speaks_to_the_judge(ask):
 @pytest.mark.parametrize("flags, words", [
     ([], "--judge"), (["--judge", "MODEL"], "--benchmark"), (["--judge", "MODEL", "--benchmark", "ifeval", "--model", "MODEL"], "--baseline"),
     (["--judge", "MODEL", "--benchmark", "writing"], "healthbench, "), (["judge", "--judge", "MODEL"], "--labels"), (["report", "nowhere"], "nowhere"),
-    (["curves", "one.jsonl"], "two runs"), (["curves", "no.jsonl", "nor.jsonl"], "no.jsonl"), (["rejudge", "--judge", "MODEL"], "rejudge"),
-    (["rejudge", "nowhere", "--judge", "MODEL"], "nowhere"), (["rejudge", "nowhere"], "--judge"),
+    (["rejudge", "--judge", "MODEL"], "rejudge"), (["rejudge", "nowhere", "--judge", "MODEL"], "nowhere"), (["rejudge", "nowhere"], "--judge"),
     (["--judge", "http://127.0.0.1:9/v1", "--benchmark", "own", "--model", "MODEL", "--baseline", "MODEL", "--data", "x"], "--judge_model"),
     (["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m", "--benchmark", "writingbench", "--model", "MODEL", "--baseline", "MODEL"], "127.0.0.1:9"),
     (["--judge", "MODEL", "--benchmark", "ifeval", "--model", "/no/model", "--baseline", "MODEL"], "/no/model"),
@@ -2436,24 +2436,28 @@ def test_curves(tmp_path, capsys):
             rows[step] |= dict(eval_reward=reward, eval_closed=0.5 if step == 0 else 1.0)
         (tmp_path / f"{run}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9 - (run == 2)]))
     files = [str(tmp_path / f"{run}.jsonl") for run in range(3)]
-    evals.main(["curves", *files[:2], "--out", str(tmp_path / "out")])
+    curves.main(files[:2], tmp_path / "learning.svg")
     printed = capsys.readouterr().out
     half = 12.71 * np.std([0.2, 0.3], ddof=1) / 2 ** 0.5
     assert f"| held-out reward | 0.200 | 0.450 | +0.250 [{0.25 - half:+.3f}, {0.25 + half:+.3f}] |" in printed
     assert "| held-out answers that are closed | 0.500 | 1.000 | +0.500 [+0.500, +0.500] |" in printed
     assert "| held-out reward of the closed ones | 0.400 | 0.450 | +0.050" in printed
     assert "| training reward | 0.100 | 0.700 | +0.600 [+0.600, +0.600] |" in printed    # first and last quarter of the steps
-    picture = ElementTree.parse(tmp_path / "out" / "learning.svg")
+    picture = ElementTree.parse(tmp_path / "learning.svg")
     lines = [[float(point.split(",")[0]) for point in line.get("points").split()] for line in picture.iter("{http://www.w3.org/2000/svg}polyline")]
     assert len(lines) == 5 * 3 and lines[:3] == [[0.0, 75.0, 150.0]] * 3 and len(lines[-1]) == 8    # two runs and their mean
-    evals.main(["curves", *files, "--out", str(tmp_path / "out")])    # the third one's last measure is missing
+    curves.main(files, tmp_path / "learning.svg")    # the third one's last measure is missing
     assert "| held-out reward | 0.200 | 0.500 |" in capsys.readouterr().out
+    for few in (files[:1], [files[0], files[0] + "x"]):
+        (tmp_path / "0.jsonlx").write_text('{"step": 0}\n')
+        with pytest.raises(SystemExit, match="two"):
+            curves.main(few, tmp_path / "learning.svg")
 
 
 def test_readme_results(tmp_path, capsys):
     # README's picture or table of the recorded runs is not what its command makes of them
     runs = sorted(map(str, (REPO / "assets" / "runs").glob("seed*.jsonl")))
-    evals.main(["curves", *runs, "--out", str(tmp_path)])
+    curves.main(runs, tmp_path / "learning.svg")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(runs) == 3 and "\n".join(table) in (REPO / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "learning.svg").read_text() == (REPO / "assets" / "learning.svg").read_text()
@@ -2467,7 +2471,7 @@ def test_rejudge(evaluation, tmp_path, capsys):
     for run in ("one", "two"):
         (tmp_path / run / "rollouts").mkdir(parents=True)
         for step, texts in enumerate((["<answer>quality 1</answer>", "<answer>quality 2"], ["<answer>in between</answer>"],
-                                      ["<answer>quality 2</answer>", "<answer>quality 2 </answer>"])):
+                                      ["<answer>quality 2</answer>", "quality 3 <answer>quality 2</answer>"])):
             groups = [group("train", None, "<answer>quality 1</answer>")] + ([group(t, "held_out", *texts) for t in ("a", "b")] if step != 1 else [])
             (tmp_path / run / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
     runs = [str(tmp_path / run) for run in ("one", "two")]
