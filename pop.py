@@ -13,13 +13,13 @@ gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
-    ratio      ratio_it = exp(logprob_it - engine_logprob_it)
+    ratio      ratio_it = exp(logprob_it - engine_logprob_it)    trainer against sampler (vLLM)
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
-                          with c_it = stop_grad(min(ratio_it, ratio_cap))
+                          with c_it = stop_grad(min(ratio_it, ratio_cap)), N a constant
 
-What PPO and GRPO have and this has not: a value network (the group's mean is the baseline), a
-clipped ratio (there is one update for each batch of answers), a division by the group's standard
-deviation or by the answer's length (both bias the gradient), a KL term (README, "Hack it").
+What PPO and GRPO have and this has not: a value network (the group's mean is the baseline), a clip
+against an older policy (one update per batch; the cap only bounds rounding), a division by the
+group's standard deviation or by the answer's length (both bias the gradient), a KL term (README).
 The paper trains offline. --preset paper samples from the base model only, shows the rubric writer
 some of the answers, and makes a DPO pair of each group's best and worst.
 
@@ -68,8 +68,8 @@ from typing_extensions import TypedDict    # pydantic wants this one before Pyth
 
 # ---- 2. config ----
 def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") -> Any:
-    """A setting. minimum: smaller numbers are refused. needs: a Python condition on all settings;
-    to give the flag where it does not hold is an error.
+    """A setting. minimum: a smaller number is refused. needs: a Python condition on the settings;
+    the flag may be given only where it holds.
     """
     return field(default=default, metadata=dict(help=help, minimum=minimum, needs=needs))
 
@@ -81,7 +81,7 @@ class Config:
     domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
     corpus: str | None = flag(None, "hub dataset, or .txt/.jsonl/.parquet file or folder")
     tasks: str | None = flag(None, "folder of another run's task files, to train on the same tasks")
-    preset: Literal["default", "paper", "tiny"] = flag("default", "defaults; other flags win")
+    preset: Literal["default", "paper", "tiny"] = flag("default", "of defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
     resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
     seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
@@ -90,7 +90,7 @@ class Config:
     docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
     num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
     max_new_tokens: int = flag(1024, "tokens in an answer; one that needs more scores 0", minimum=1,
-                               needs="max_model_len >= 2 * max_new_tokens")
+                               needs="max_model_len >= 2 * (max_new_tokens + max_doc_words)")
     task_steps: int | None = flag(None, "tasks are written for N steps at once; default: 8",
                                   minimum=1, needs="judge_weights == 'base' or task_steps == 1")
     min_doc_words: int = flag(50, "shorter documents are skipped", minimum=1)
@@ -99,8 +99,8 @@ class Config:
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01)
     task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) a criterion")
-    judge_weights: Literal["base", "policy"] = flag("base", "other roles", needs="loss == 'pg'")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
+    judge_weights: Literal["base", "policy"] = flag("base", "all but solver", needs="loss == 'pg'")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model and scoring == 'pointwise'")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
@@ -112,7 +112,7 @@ class Config:
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
     advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "baseline", needs="loss == 'pg'")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
-    length_penalty: float = flag(0.0, "taken off a score, times length / mean length of the group")
+    length_penalty: float = flag(0.0, "x length / the group's mean length is taken off the score")
     dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
     length_gap: int = flag(100, "words between answers of a pair (paper)", needs="loss == 'dpo'")
     lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
@@ -125,11 +125,15 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer")
     gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
     max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped",
-                              needs="max_model_len >= 2 * max_new_tokens")
+                              needs="max_model_len >= 2 * (max_new_tokens + max_doc_words)")
     # measure, save
     eval_every: int = flag(0, "steps between measures on held-out tasks", needs="not no_document")
     eval_docs: int = flag(16, "documents held out for that", minimum=2)
     save_every: int = flag(50, "steps between checkpoints; the last is always saved", minimum=1)
+
+    @property
+    def held_out_docs(self) -> int:
+        return self.eval_docs if self.eval_every else 0
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -177,7 +181,7 @@ def build_parser(settings: type, usage: str) -> argparse.ArgumentParser:
             kind = dict(choices=options)
         elif options:
             kind = dict(type=options[0])
-        help = f"{f.metadata['help']} (default: {f.default})"
+        help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
     return parser
 
@@ -200,11 +204,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         parser.set_defaults(rubric_candidates=4)
     cfg = Config(**vars(parser.parse_args(argv)))
     check_flags(cfg, parser)
-
-    if cfg.task_steps is None:    # a policy that writes tasks is another one after each step
+    if cfg.task_steps is None:    # a policy that writes the tasks changes with every step
         cfg.task_steps = 8 if cfg.judge_weights == "base" else 1
     if cfg.learning_rate is None:
-        lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4
+        lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4    # not in PRESETS: LoRA only
         cfg.learning_rate = lora_rate if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
@@ -218,8 +221,8 @@ def clean_text(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
 def limited_text(characters: int) -> Any:
-    """Type of a text in a reply: not empty, and guided decoding stops it at so many characters."""
-    # Without a limit 7 of 16 replies of a small model ran on to the last token.
+    """Type of a text in a reply: not empty; guided decoding stops it at that many characters."""
+    # Without a limit 7 of 16 replies of a small model never ended. A longer text is still read.
     limit = Field(min_length=1, json_schema_extra={"maxLength": characters})
     return Annotated[str, AfterValidator(clean_text), limit]
 
@@ -229,7 +232,7 @@ class Reply(BaseModel):
 
 class Task(Reply):
     task: limited_text(500)
-    reference: limited_text(500)    # propose_tasks sets the limit that goes with --max_new_tokens
+    reference: limited_text(500)    # propose_tasks sets another limit, from --max_new_tokens
 
 class Criterion(Reply):
     name: limited_text(40)
@@ -264,7 +267,7 @@ class Domain:
     answer: str
     verdict: list[tuple[int, str]]
 
-def criterion(name: str, gold: str, description: str, weight: int) -> Criterion:
+def entry(name: str, gold: str, description: str, weight: int) -> Criterion:
     return Criterion(name=name, gold=gold, description=description, weight=weight)
 
 DOMAINS = {
@@ -275,9 +278,9 @@ DOMAINS = {
         task="A friend has bought a plain cast-iron pan. How should it be seasoned, and why?",
         reference="Wipe the pan with a thin coat of oil and bake it for an hour. The hard layer "
                   "keeps the iron from rusting and food from sticking.",
-        rubric=[criterion("seasoning", "A thin coat of oil, baked for an hour.", "Oil, baked.", 3),
-                criterion("reason", "It keeps off rust, and food from sticking.", "Names both.", 2),
-                criterion("cleaning", "Never let the pan soak.", "Warns against soaking.", 1)],
+        rubric=[entry("seasoning", "A thin coat of oil, baked for an hour.", "Oil, baked.", 3),
+                entry("reason", "It keeps off rust, and food from sticking.", "Names both.", 2),
+                entry("cleaning", "Never let the pan soak.", "Warns against soaking.", 1)],
         answer="Rub on a little oil and bake it for an hour, against rust. Soak the pan overnight.",
         verdict=[(2, "Thin oil and an hour of baking are both there."),
                  (1, "Rust is named, sticking is not."),
@@ -289,9 +292,9 @@ DOMAINS = {
         task="My nose has started to bleed. How do I stop it, and when must I see a doctor?",
         reference="Lean slightly forward and pinch the soft part of your nose for ten minutes. "
                   "See a doctor if it bleeds for over thirty minutes.",
-        rubric=[criterion("pressure", "Pinch the soft part for ten minutes.", "Place and time.", 3),
-                criterion("posture", "Sit up and lean slightly forward.", "How to sit.", 2),
-                criterion("warnings", "Over thirty minutes, or after a blow.", "When to go.", 3)],
+        rubric=[entry("pressure", "Pinch the soft part for ten minutes.", "Place and time.", 3),
+                entry("posture", "Sit up and lean slightly forward.", "How to sit.", 2),
+                entry("warnings", "Over thirty minutes, or after a blow.", "When to go.", 3)],
         answer="Sit up and pinch the soft part for ten minutes. You will not need a doctor.",
         verdict=[(2, "Right place and right time."),
                  (1, "It says to sit, but not to lean forward."),
@@ -304,9 +307,9 @@ DOMAINS = {
              "watch that runs backwards, and a familiar sound disappears.",
         reference="\"Keep it,\" the stranger said, and left the watch on the counter. Its hands "
                   "crawled backwards. Ida looked up: above the harbour, the gulls had gone quiet.",
-        rubric=[criterion("watch", "A stranger leaves a watch that runs backwards.", "Shown.", 3),
-                criterion("place", "A clock shop in a rainy harbour.", "Concrete details.", 2),
-                criterion("lost sound", "A familiar sound falls silent.", "It is missed.", 2)],
+        rubric=[entry("watch", "A stranger leaves a watch that runs backwards.", "Shown.", 3),
+                entry("place", "A clock shop in a rainy harbour.", "Concrete details.", 2),
+                entry("lost sound", "A familiar sound falls silent.", "It is missed.", 2)],
         answer="A man gave Ida a watch that ran backwards. It rained, and she went to bed.",
         verdict=[(2, "The watch runs backwards, as the gold asks."),
                  (1, "Only rain, no harbour town."), (0, "No sound disappears.")]),
@@ -314,12 +317,12 @@ DOMAINS = {
 
 Messages = list[dict[str, str]]
 # What a text must not hold: our tags, and special tokens of common models (a judge behind a URL has
-# another tokenizer than the engine).
+# another tokenizer than the engine). \uff5c is the wide bar of DeepSeek's.
 OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
 SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
 
 def fence(tag: str, text: str) -> str:
-    """Text between <tag> and </tag>; tags and special tokens in it lose their bracket."""
+    """Text between <tag> and </tag>; in its tags and special tokens the bracket becomes "("."""
     text = re.sub(f"{OUR_TAGS}|{SPECIAL}", "(", text, flags=re.IGNORECASE)
     return f"<{tag}>\n{text.strip()}\n</{tag}>"
 
@@ -332,7 +335,7 @@ def rubric_json(rubric: list[Criterion]) -> str:
     return Rubric(criteria=rubric).model_dump_json()
 
 def chat(instruction: str, reply: str, cfg: Config, texts: dict[str, str]) -> Messages:
-    """A worked example, then the real turn. Not every chat template has a system message."""
+    """A worked example, then the real turn. No system message: some chat templates have none."""
     domain = DOMAINS[cfg.domain]
     example = vars(domain) | dict(rubric=rubric_json(domain.rubric), candidates=domain.answer)
     shown = {tag: example[tag] for tag in texts if texts[tag]}
@@ -383,8 +386,8 @@ def judge_prompt(task: str, rubric: list[Criterion], answer: str, cfg: Config) -
     return chat(instruction, reply, cfg, dict(task=task, rubric=rubric_json(rubric), answer=answer))
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
-    """--scoring expected: one question a criterion. No example, no task: a 0.5B judge then put the
-    own reference above another task's in 27 of 30 cases, with examples in 20, with the task in 15.
+    """--scoring expected: one question per criterion. With neither example nor task, a 0.5B judge
+    ranked a task's own reference above another's in 27 of 30 cases; with examples 20, with task 15.
     """
     instruction = "Does the answer contain the information in the statement? Reply Yes or No."
     return [user_turn(instruction, dict(answer=answer, statement=gold))]
@@ -398,7 +401,7 @@ CORPORA = {
 }
 TEXT_COLUMNS = ("text", "description", "content", "document")
 FORMATS = {
-    ".txt": dict(path="text", sample_by="paragraph", encoding_errors="replace"),    # blank lines
+    ".txt": dict(path="text", sample_by="paragraph", encoding_errors="replace"),    # by blank line
     ".jsonl": dict(path="json"),
     ".parquet": dict(path="parquet"),
 }
@@ -410,10 +413,11 @@ def cut_words(text: str, count: int) -> str:
 def read_documents(name: str, revision: str | None, seed: int) -> Iterator[str]:
     """Raw documents in a shuffled order; a hub dataset is streamed, never downloaded whole."""
     from datasets import load_dataset
-    source = dict(path=name, revision=revision)    # of a hub, or a folder
-    suffix = Path(name).suffix
-    if suffix in FORMATS:
-        source = FORMATS[suffix] | dict(data_files=name)
+    source = dict(path=name, revision=revision)    # a hub dataset
+    files = sorted(Path(name).rglob("*")) if Path(name).is_dir() else [Path(name)]
+    files = [file for file in files if file.suffix in FORMATS]
+    if files:
+        source = FORMATS[files[0].suffix] | dict(data_files=[str(file) for file in files])
     rows = load_dataset(**source, split="train", streaming=True)
     for row in rows.shuffle(seed=seed, buffer_size=10_000):
         columns = [column for column in TEXT_COLUMNS if column in row]
@@ -433,7 +437,7 @@ def load_corpus(cfg: Config) -> list[str]:
     name, revision = CORPORA[cfg.domain]
     if cfg.corpus is not None:
         name, revision = cfg.corpus, None
-    wanted = held_out_docs(cfg) + cfg.num_steps * cfg.docs_per_step
+    wanted = cfg.held_out_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
     try:
         for text in read_documents(name, revision, cfg.seed):
@@ -443,20 +447,17 @@ def load_corpus(cfg: Config) -> list[str]:
                 break
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file "
-             f"({str(error).strip().splitlines()[0]})")
-    if len(documents) <= held_out_docs(cfg):
+             f"({' '.join(str(error).split())[:300]})")
+    if len(documents) <= cfg.held_out_docs:
         fail(f"--corpus {name}: holds only {len(documents)} documents of --min_doc_words "
-             f"{cfg.min_doc_words}, of which {held_out_docs(cfg)} are held out")
+             f"{cfg.min_doc_words}, of which {cfg.held_out_docs} are held out")
     return list(documents)
 
-def held_out_docs(cfg: Config) -> int:
-    return cfg.eval_docs if cfg.eval_every else 0
-
 def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
-    """The documents of one step, in the corpus' order; of step HELD_OUT those of no other step."""
-    held_out, training = corpus[:held_out_docs(cfg)], corpus[held_out_docs(cfg):]
+    """The documents of one step, in corpus order; for HELD_OUT the ones that no step trains on."""
     if step == HELD_OUT:
-        return list(held_out)
+        return list(corpus[:cfg.held_out_docs])
+    training = corpus[cfg.held_out_docs:]
     first = step * cfg.docs_per_step
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
@@ -471,14 +472,13 @@ def parse_json(text: str, reply_type: TypeAdapter) -> Any:
     text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
     try:
         row = json.loads(text[text.find("{"):text.rfind("}") + 1], strict=False)
-    except (ValueError, RecursionError):
-        raise ParseError("no_json") from None
-    try:
         return reply_type.validate_python(row)
     except ValidationError as error:
         raise ParseError(error.errors()[0]["type"]) from None
+    except (ValueError, RecursionError):
+        raise ParseError("no_json") from None
 
-@lru_cache(maxsize=20_000)    # the tasks of a run, about 5 KB each
+@lru_cache(maxsize=20_000)    # each new task is compared with all before it; about 5 KB per text
 def ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
     """All n-grams of words in a text, in lower case; a text of fewer words is one n-gram."""
     words = re.findall(r"\w+", text.lower())
@@ -491,7 +491,7 @@ def overlap(text: str, other: str, n: int = 4) -> float:
     return len(own & ngrams(other, n)) / len(own)
 
 def is_copy(text: str, others: Iterable[str]) -> bool:
-    """Most of the text stands in one of the others."""
+    """Most of the text (over 60% of its 4-grams) is found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
 def check_text(text: str, examples: Iterable[str]) -> None:
@@ -562,7 +562,7 @@ RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
 class Request:
-    """A prompt, and how its reply is sampled and read. top_p would bias the importance ratio."""
+    """A prompt, and how its reply is sampled and read. No top_p: it would bias the ratio."""
     messages: Messages
     _: KW_ONLY
     max_tokens: int
@@ -572,7 +572,8 @@ class Request:
     logprobs: bool = False                     # give the log-probs of the sampled tokens
     next_tokens: list[int] | None = None       # give the log-probs of these as first token instead
     parse: Callable[[str], Any] | None = None  # for `ask`; raises ParseError
-    group: "Group | None" = None               # for `ask`: where failures are noted
+    group: "Group | None" = None               # for `ask`: for the seed, and to note failures
+    index: int = 0                             # for `ask`: of the answer in its group, for the seed
 
 @dataclass(eq=False)    # two answers of the same words are two answers
 class Completion:
@@ -597,7 +598,7 @@ def resolve_model(name: str) -> str:
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        fail(f"--model {name}: no model folder or hub name ({str(error).strip().splitlines()[0]})")
+        fail(f"--model {name}: no model folder or hub name ({' '.join(str(error).split())[:300]})")
     return name
 
 def repack_tied_head(model: nn.Module) -> None:
@@ -610,7 +611,7 @@ class Engine:
     """vLLM inside this process: the only place that names it. It holds one copy of the weights."""
 
     def __init__(self, cfg: Config) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # weights are handed over
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # to hand tensors over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else training loses a core
         from transformers import AutoTokenizer
@@ -618,13 +619,13 @@ class Engine:
         self.cfg = cfg
         self.weights = "base"    # which ones it holds: base or policy
         self.on_gpu = torch.cuda.is_available()
-        # On CPU compiling costs minutes. vLLM compiles its sampler even if eager.
-        torch._dynamo.config.disable |= not self.on_gpu
         if self.on_gpu:
             device = dict(enable_sleep_mode=True, max_num_seqs=256)
         else:
-            # A seeded request must not be split over two engine steps: room for all prompts of a
-            # call. Prompts share blocks of 32 tokens instead of 128: 1.3 times as fast.
+            # Compiling takes minutes here, and vLLM compiles its sampler even if eager.
+            torch._dynamo.config.disable = True
+            # vLLM on CPU fails if it splits a seeded prompt over two steps: a step has much room.
+            # Prompts share blocks of 32 tokens instead of 128: 1.3 times as fast.
             device = dict(kv_cache_memory_bytes=2 << 30, block_size=32,
                           max_num_batched_tokens=32768)
         if WORLD > 1:
@@ -644,13 +645,13 @@ class Engine:
             self.stop_strings = ["### User:"]    # else it would go on and play the user
         added = self.tokenizer.added_tokens_decoder.items()
         self.special = {str(token): token_id for token_id, token in added if token.special}
-        # The token that ends a turn in the chat template: a base model's EOS is another one.
+        # The token that ends a turn in the chat template: for a base model it is not its EOS.
         turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
         self.stop_ids = [i for token, i in self.special.items() if text.strip().startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids of a chat. A special token spelt out in a text gets a space: no turn ends."""
+        """Prompt ids of a chat. A space breaks up special tokens in a text, so they end no turn."""
         messages = deepcopy(messages)
         for message in messages:
             for token in self.special:
@@ -659,7 +660,7 @@ class Engine:
                                                   return_dict=False)
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
-        """One completion a request, in one batch. Each rank samples its share; all get all."""
+        """One completion per request, in one batch. Each rank samples its share; all get all."""
         share = math.ceil(len(requests) / WORLD)
         parts = gather(self.sample(requests[RANK * share:(RANK + 1) * share], role))
         return [completion for part in parts for completion in part]
@@ -694,20 +695,20 @@ class Engine:
         return completions
 
     def load_weights(self, model: nn.Module, which: str) -> None:
-        """Make the engine hold "base" or "policy" weights, and wake it if it sleeps.
+        """(Helpers: section 9.) Make the engine hold "base" or "policy" weights; wake it if asleep.
         One way for LoRA and full weights: merged tensors are handed over (an adapter active in the
-        engine is 7 to 10 times slower on CPU). The KV cache wakes after that: it may need the room.
+        engine is 7 to 10 times slower on CPU). The KV cache wakes last: handing over needs room.
         """
         self.wake("weights")
-        reload = "policy" in (which, self.weights)    # the policy is another one after each update
+        reload = "policy" in (which, self.weights)    # the policy may have been updated since
         swap = reload and which == "base"
         with swapped_weights(model, model.base_state) if swap else nullcontext():
             if reload:
-                tensors = dict(weights_iterator=named_weights(model))
-                self.llm.collective_rpc("reload_weights", kwargs=tensors)
+                handed = dict(weights_iterator=named_weights(model))
+                self.llm.collective_rpc("reload_weights", kwargs=handed)
                 self.llm.apply_model(repack_tied_head)
             self.wake("kv_cache")
-            # Without a reload, too: a resumed run has no cache of the step before.
+            # Also without a reload: a resumed run starts without a cache, and must sample the same.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache after a weight reload")
             if reload:
@@ -748,7 +749,7 @@ class Group:
     """One document and all that is made of it. The first block is a line of a task file."""
     document: str
     _: KW_ONLY
-    step: int = HELD_OUT    # that trains on it
+    step: int = HELD_OUT    # the step that trains on it
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
@@ -780,7 +781,7 @@ def ask(engine: Any, role: str, requests: list[Request], cfg: Config) -> list[An
             group, temperature = requests[i].group, requests[i].temperature
             if attempt > 0:    # greedy, it would fail the same way again
                 temperature = max(temperature, 0.5)
-            seed = request_seed(cfg, role, group.step, group.row, i, attempt)
+            seed = request_seed(cfg, role, group.step, group.row, requests[i].index, attempt)
             seeded.append(replace(requests[i], seed=seed, temperature=temperature))
         replies = zip(pending, engine.generate(seeded, role), strict=True)
         pending = []
@@ -889,10 +890,9 @@ def read_answer(completion: Completion, cfg: Config) -> str:
     text = completion.text.rpartition("</think>")[2].strip()
     if cfg.answer_form == "plain":
         return text
-    before, opened, rest = text.rpartition("<answer>")
-    answer, closed, after = rest.partition("</answer>")
-    once = opened and closed and text.count("</answer>") == 1
-    return answer.strip() if once else ""
+    _, opened, rest = text.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    return answer.strip() if opened and closed and text.count("</answer>") == 1 else ""
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
@@ -921,7 +921,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             group.drop_reason, group.completions = "solver/too_long", []
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
-    """Judge: ratings and score of every answer of the kept groups.
+    """Judge (the engine or an Endpoint): ratings and score of every answer of kept groups.
     An unfinished plain answer gets ratings 0; a tagged one is left out, as in the paper. An answer
     without a readable verdict is left out, too: a failed judge is not a bad answer.
     """
@@ -943,13 +943,14 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
 
 def rate_pointwise(judge: Any, rows: list[tuple[Group, Completion]],
                    cfg: Config) -> list[list[float] | None]:
-    """Ratings (K,) in {0, 1, 2} of each answer, a thought before each; None: no verdict."""
+    """Ratings (K,) in {0, 1, 2} per answer, a thought written before each one; None: no verdict."""
     requests = []
     for group, completion in rows:
         requests.append(Request(
             judge_prompt(group.task, group.rubric, completion.answer, cfg), group=group,
-            schema=verdict_type(group.rubric).json_schema(), max_tokens=100 * len(group.rubric) + 50,
-            parse=partial(parse_verdict, rubric=group.rubric)))
+            schema=verdict_type(group.rubric).json_schema(),
+            parse=partial(parse_verdict, rubric=group.rubric),
+            index=group.completions.index(completion), max_tokens=100 * len(group.rubric) + 50))
     return ask(judge, "judge", requests, cfg)
 
 def rate_expected(judge: Engine, rows: list[tuple[Group, Completion]],
@@ -979,8 +980,8 @@ def rate_expected(judge: Engine, rows: list[tuple[Group, Completion]],
 # ---- 8. advantages ----
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
-    mean: r - mean(r). rloo: r - mean of the others, which is mean * n / (n - 1). grpo: mean / std,
-    which blows up near-ties. All 0 with fewer than two scores or less than 1e-6 between them.
+    mean: r - mean(r). rloo: r - mean of the other answers, n / (n - 1) times as much. grpo: mean's,
+    over std, which blows up near-ties. All 0 with fewer than two scores or less than 1e-6 apart.
     """
     advantages = torch.zeros_like(scores)
     scored = ~scores.isnan()
@@ -996,11 +997,9 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
-    """Fill in completion.advantage. A group that teaches nothing gets a drop_reason.
-    judge: fewer than two scored answers. zero_spread: equal scores; length alone is no difference.
+    """Fill in completion.advantage of a kept group; if it teaches nothing it gets a drop_reason.
+    judge: fewer than two scored answers. zero_spread: equal scores, before --length_penalty.
     """
-    if group.drop_reason is not None:
-        return
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     if len(scores) - scores.isnan().sum() < 2:
         group.drop_reason = "judge"
@@ -1015,7 +1014,7 @@ def set_advantages(group: Group, cfg: Config) -> None:
 
 def preference_pair(group: Group, cfg: Config) -> list[Completion]:
     """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
-    They are more than 0.001 apart in score and at most --length_gap words in length.
+    They are more than 0.001 apart in advantage, and at most --length_gap words in length.
     """
     scored = [c for c in group.completions if c.score is not None]
     best = max(scored, key=lambda c: c.advantage)
@@ -1060,18 +1059,19 @@ def shard(model: nn.Module) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*layers, model]:
-        fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        fully_shard(module, reshard_after_forward=True,
+                    mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         module.set_gradient_divide_factor(1.0)    # a sum over ranks: the loss is normalised already
     register_fsdp_forward_method(model, "logprobs")
 
 def load_policy(cfg: Config) -> nn.Module:
-    """The trainable model: with LoRA, or with rank 0 all weights, sharded over several ranks."""
+    """The model to train: LoRA adapters, or at --lora_rank 0 all weights, sharded if WORLD > 1."""
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(cfg.seed)
     config = AutoConfig.from_pretrained(cfg.model)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)    # the policy is the model that the engine samples from
+            setattr(config, name, 0.0)    # no dropout: the engine samples without it
     model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config,
                                                  dtype=getattr(torch, cfg.dtype))
     model.config.use_cache = False
@@ -1129,8 +1129,8 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
                    temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
     """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too).
-    All (B, T), right padding. Only target positions meet the output head, chunk_size at a time and
-    again in backward: the logits (B, T, V) never exist as a whole.
+    All (B, T), right padding. Only target positions meet the output head, chunk_size at a time, and
+    are recomputed in backward: the logits (B, T, V) never exist as a whole.
     """
     outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
@@ -1153,7 +1153,7 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
                          mask: Tensor, normalizer: float,
                          ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
     """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c = stop_grad(min(ratio, ratio_cap)).
-    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,) or, one a token, (B, T); normalizer
+    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,), or (B, T), per token; normalizer
     N: the same for all micro-batches of a step. ratio = exp(logprob - engine_logprob) makes up for
     the engine's rounding (truncated importance sampling, arXiv 1802.01561). No 1 / length: it would
     favour short good answers and long bad ones (arXiv 2503.20783). Returns the loss and, for the
@@ -1178,7 +1178,7 @@ def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Ten
              ref_rejected_logps: Tensor, beta: float,
              normalizer: float) -> tuple[Tensor, dict[str, float]]:
     """L = -(1/N) sum log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))).
-    DPO (arXiv 2305.18290, eq. 7). All (P,), one entry a pair: log-probs of answers, summed over
+    DPO (arXiv 2305.18290, eq. 7). All (P,), one entry per pair: log-probs of answers, summed over
     their tokens. Returns the loss and, summed over the pairs: accuracy (the policy prefers the
     chosen answer more than the reference does), margin, and the count.
     """
@@ -1215,7 +1215,7 @@ def longest(completions: Sequence[Completion]) -> int:    # in tokens of prompt 
     return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
 
 def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Completion]]:
-    """Rows for one forward pass each. Those of a unit, one answer or a DPO pair, stay together.
+    """Lists of rows, one per forward pass. The rows of a unit (answer or DPO pair) stay together.
     Padded to its longest row, a pack has at most max_tokens tokens, or is one unit. The longest
     come first: what needs most memory fails at once.
     """
@@ -1229,7 +1229,7 @@ def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Comple
 
 def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
                   cfg: Config) -> Iterator[Batch]:
-    """This rank's share of an update. FSDP2 needs as many batches on each rank: copies fill up."""
+    """This rank's share of an update; copies fill up, as FSDP2 needs equally many on each rank."""
     packs = [(rows, 1.0) for rows in pack(units, cfg.micro_batch_tokens)]
     while len(packs) % WORLD > 0:
         packs.append((packs[-1][0], 0.0))
@@ -1298,9 +1298,9 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 # ---- 11. log and checkpoints ----
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "micro_batch_tokens",
-             "offload_optimizer", "gpu_memory_utilization", "save_every", "tasks"}
-PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "loss", "grad_norm",
-           "engine_gap", "eval_reward", "eval_reward_se")
+             "offload_optimizer", "gpu_memory_utilization", "save_every", "tasks"}    # may change
+PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
+           "eval_reward", "eval_reward_se")
 
 @contextmanager
 def clock(metrics: dict[str, Any], phase: str) -> Iterator[None]:
@@ -1329,9 +1329,9 @@ def check_run(cfg: Config) -> None:
             if name not in RESUMABLE and before.get(name) != value:
                 fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}; use that, or "
                      "another folder")
-    if cfg.tasks is not None and not list(Path(cfg.tasks).glob("*.jsonl")):
+    if cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
         fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
-    if cfg.preset != "tiny" and cfg.dtype == "bfloat16" and not torch.cuda.is_available():
+    if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with "
              "--dtype float32, runs on the CPU")
 
@@ -1340,8 +1340,8 @@ def connect_judge(cfg: Config) -> Any:
     from assets.endpoint import Endpoint
     return Endpoint(cfg.judge_url, cfg.judge_model, gather)
 
-def start_run(cfg: Config) -> tuple[str, list[str]]:
-    """Find all that a run needs, then take its folder. Returns the model and the corpus."""
+def start_run(cfg: Config) -> tuple[str, str, list[str]]:
+    """Find all that a run needs, then take its folder. Returns model, folder and corpus."""
     check_run(cfg)
     if cfg.judge_url:
         connect_judge(cfg)
@@ -1354,7 +1354,7 @@ def start_run(cfg: Config) -> tuple[str, list[str]]:
         shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
     git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     (run_dir / "config.json").write_text(json.dumps(asdict(cfg) | dict(git=git), indent=1))
-    # What a killed run logged after its newest checkpoint is made again. One line a step.
+    # What a killed run logged after its newest checkpoint will be redone: cut it. A line per step.
     newest = newest_checkpoint(run_dir)
     steps = int(newest.name[-6:]) if newest else 0
     log = run_dir / "metrics.jsonl"
@@ -1362,7 +1362,7 @@ def start_run(cfg: Config) -> tuple[str, list[str]]:
     log.write_text("".join(lines[:steps]))
     print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x "
           f"{cfg.num_generations} answers", flush=True)
-    return model, corpus
+    return model, cfg.run_dir, corpus
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """What rollouts say: rewards, verdicts, lengths, and why replies and groups were dropped."""
@@ -1383,18 +1383,18 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         reward_mean=scores.mean(), answer_tokens=lengths.mean(),
         criterion_pass=np.mean([rating / 2 for c in scored for rating in c.ratings]),
         judge_ties=metrics["drop/zero_spread"] / len(groups),
-        truncated=np.mean([c.finish_reason == "length" for c in answers]),
         finished=np.mean([c.answer != "" for c in answers]))
     if scores.std() > 0 and lengths.std() > 0:
         found["score_length_corr"] = np.corrcoef(scores, lengths)[0, 1]
-    return metrics | {name: float(value) for name, value in found.items()}
+    return dict(metrics) | {name: float(value) for name, value in found.items()}
 
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
     rewards = []
     for group in kept(groups):
         scores = [c.score for c in group.completions if c.score is not None]
-        rewards += [np.mean(scores)] if scores else []
+        if scores:
+            rewards.append(np.mean(scores))
     if len(rewards) < 2:
         return {}
     error = np.std(rewards, ddof=1) / math.sqrt(len(rewards))
@@ -1402,7 +1402,7 @@ def held_out_metrics(groups: list[Group]) -> dict[str, float]:
                 eval_finished=rollout_metrics(groups)["finished"])
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The losses' sums over the micro-batches of all ranks -> loss, and means a token or a pair."""
+    """The losses' sums over micro-batches and ranks -> loss, and means per token or per pair."""
     total: Counter[str] = Counter()
     for part in gather(sums):
         total.update(part)
@@ -1457,9 +1457,9 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     else:
         tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}
         save_file(tensors, part / "adapter_model.safetensors")    # PEFT's
-        targets = sorted({name.split(".")[-2] for name in weights})
         adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model,
-                       r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank, target_modules=targets)
+                       r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank,
+                       target_modules=sorted({name.split(".")[-2] for name in weights}))
         (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
     tokenizer.save_pretrained(part)
     save_file(state, part / "trainer" / "state.safetensors")
@@ -1496,7 +1496,7 @@ def main(cfg: Config) -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
         dist.broadcast_object_list(found)
-    cfg.model, corpus = found[0]
+    cfg.model, cfg.run_dir, corpus = found[0]
     run_dir = Path(cfg.run_dir)
 
     engine = Engine(cfg)
@@ -1507,7 +1507,7 @@ def main(cfg: Config) -> None:
     engine.check_weights(model)
     judge = connect_judge(cfg) if cfg.judge_url else engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
-    held_out = []
+    held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
     # DPO is offline, as in the paper: the base model answers, and is the reference of the loss.
@@ -1524,7 +1524,7 @@ def main(cfg: Config) -> None:
                 measured = deepcopy(held_out)
                 engine.load_weights(model, "policy")
                 sample_answers(engine, measured, cfg)
-                engine.load_weights(model, "base")
+                engine.load_weights(model, "base")    # a fixed judge, whatever --judge_weights
                 score_answers(judge, measured, cfg)
             metrics |= held_out_metrics(measured)
         if step == cfg.num_steps:
@@ -1543,7 +1543,7 @@ def main(cfg: Config) -> None:
 
         # ---- advantages, relative to the group ----
         units = []    # answers that stay together in a micro-batch: one, or a DPO pair
-        for group in groups:
+        for group in kept(groups):
             set_advantages(group, cfg)
         for group in kept(groups):
             if cfg.loss == "pg":
@@ -1551,7 +1551,7 @@ def main(cfg: Config) -> None:
             elif pair := preference_pair(group, cfg):
                 units.append(pair)
 
-        # ---- policy gradient: one AdamW step on all answers ----
+        # ---- update: one AdamW step on all answers, or on all DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
         # One constant: what was dropped or cut off does not change the weight of an answer.
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
@@ -1580,7 +1580,7 @@ def main(cfg: Config) -> None:
         metrics |= rollout_metrics(groups) | update_metrics(sums) | dict(peak_memory_gb=memory_gb())
         if RANK == 0:
             log_step(run_dir, metrics, groups + measured, cfg)
-        metrics = {}    # of the next step, with the seconds of a save after this one
+        metrics = {}    # from here the next step's, so the save below counts there
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with clock(metrics, "save"):    # after the log, which then has all of its steps
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
