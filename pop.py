@@ -26,9 +26,6 @@ some of the answers, and makes a DPO pair of each group's best and worst.
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
     python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
-
-Sections: 1 imports, 2 config, 3 prompts, 4 corpus, 5 rubrics and scores, 6 engine, 7 self-play,
-8 advantages, 9 policy, 10 loss and update, 11 log and checkpoints, 12 main.
 """
 
 # ---- 1. imports ----
@@ -416,6 +413,8 @@ def read_documents(name: str, revision: str | None, seed: int) -> Iterator[str]:
     source = dict(path=name, revision=revision)    # a hub dataset
     files = sorted(Path(name).rglob("*")) if Path(name).is_dir() else [Path(name)]
     files = [file for file in files if file.suffix in FORMATS]
+    if len({file.suffix for file in files}) > 1:
+        raise ValueError("the folder has files of more than one of these formats")
     if files:
         source = FORMATS[files[0].suffix] | dict(data_files=[str(file) for file in files])
     rows = load_dataset(**source, split="train", streaming=True)
@@ -544,9 +543,9 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     Raises ValueError if a rating is not in [0, 2], a weight not finite and above 0, or their
     numbers differ.
     """
-    if not ratings or min(ratings) < 0 or max(ratings) > 2:
-        raise ValueError(f"ratings {ratings} must be in [0, 2]")
-    if not all(0 < w < math.inf for w in weights):
+    if not ratings or len(ratings) != len(weights) or not all(0 <= v <= 2 for v in ratings):
+        raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {weights}")
+    if not all(0 < w <= sys.float_info.max for w in weights):
         raise ValueError(f"weights {weights} must be finite and above 0")
     shares = np.array(weights, dtype=float) / max(weights)    # huge weights would overflow in a sum
     return float(np.average(np.array(ratings) / 2, weights=shares))
@@ -556,7 +555,7 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
 # teaches where to stop. The last header is an expression because jinja cuts a newline at the end.
 PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
-                  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+                  "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
 RETRIES = 2    # more calls for a reply that cannot be used
 
@@ -654,7 +653,7 @@ class Engine:
         """Prompt ids of a chat. A space breaks up special tokens in a text, so they end no turn."""
         messages = deepcopy(messages)
         for message in messages:
-            for token in self.special:
+            for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
                                                   return_dict=False)
@@ -747,6 +746,7 @@ HELD_OUT = -1    # the step of a task that nothing is trained on
 @dataclass
 class Group:
     """One document and all that is made of it. The first block is a line of a task file."""
+    __pydantic_config__ = ConfigDict(extra="forbid")    # a misspelt key in a task file is an error
     document: str
     _: KW_ONLY
     step: int = HELD_OUT    # the step that trains on it
@@ -843,7 +843,7 @@ def read_tasks(folder: Path) -> list[Group]:
     """The groups of all task files in a folder. Exits with one line if a line is not a group."""
     groups = []
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(open(file, encoding="utf-8"), start=1):
+        for number, line in enumerate(open(file, encoding="utf-8", errors="replace"), start=1):
             try:
                 groups.append(GROUP.validate_json(line))
             except ValidationError as error:
@@ -858,13 +858,14 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
     """
     folder = Path(cfg.run_dir) / "tasks"
     known = read_tasks(folder)
-    if step not in {group.step for group in known}:
+    known_steps = {group.step for group in known}
+    if step not in known_steps:
         name, steps, writer = "held_out", [HELD_OUT], "base"
         if step != HELD_OUT:
             steps = range(step, min(step + cfg.task_steps, cfg.num_steps))
             name, writer = f"step_{step:06d}", cfg.judge_weights
         groups = []
-        for new_step in steps:
+        for new_step in [number for number in steps if number not in known_steps]:
             for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
                 groups.append(Group(document, step=new_step, row=row))
         engine.load_weights(model, writer)
@@ -1329,22 +1330,18 @@ def check_run(cfg: Config) -> None:
             if name not in RESUMABLE and before.get(name) != value:
                 fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}; use that, or "
                      "another folder")
-    if cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
+    given_tasks = read_tasks(Path(cfg.tasks)) if cfg.tasks else []
+    if cfg.tasks and not given_tasks:
         fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
+    if cfg.tasks and cfg.eval_every and HELD_OUT not in [group.step for group in given_tasks]:
+        fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents from its tasks")
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with "
              "--dtype float32, runs on the CPU")
 
-def connect_judge(cfg: Config) -> Any:
-    """The judge at --judge_url, with Engine's method `generate`. Exits if it does not answer."""
-    from assets.endpoint import Endpoint
-    return Endpoint(cfg.judge_url, cfg.judge_model, gather)
-
 def start_run(cfg: Config) -> tuple[str, str, list[str]]:
     """Find all that a run needs, then take its folder. Returns model, folder and corpus."""
     check_run(cfg)
-    if cfg.judge_url:
-        connect_judge(cfg)
     model = resolve_model(cfg.model)
     corpus = load_corpus(cfg)
     run_dir = Path(cfg.run_dir)
@@ -1491,6 +1488,10 @@ def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Opti
 def main(cfg: Config) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(RANK % torch.cuda.device_count())
+    judge = None
+    if cfg.judge_url:
+        from assets.endpoint import Endpoint
+        judge = Endpoint(cfg.judge_url, cfg.judge_model, gather)    # exits if it does not answer
     found = [start_run(cfg) if RANK == 0 else None]
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1505,7 +1506,7 @@ def main(cfg: Config) -> None:
     optimizer = make_optimizer(model, cfg)
     engine.wake()
     engine.check_weights(model)
-    judge = connect_judge(cfg) if cfg.judge_url else engine
+    judge = judge or engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
     held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused

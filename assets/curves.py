@@ -1,8 +1,9 @@
-"""Several runs that differ in --seed as one picture and one table: each panel's mean over the runs, its 95% interval, the runs.
+"""Runs that differ in --seed as one picture and one table: mean, its 95% interval, each run.
 
-    python -m assets.curves assets/runs/seed*.jsonl    # from the folder of pop.py; any runs/*/metrics.jsonl
+    python -m assets.curves runs/*/metrics.jsonl    # from the folder of pop.py
 
-Writes assets/learning.svg. Prints the change from the first point (of training: the first quarter of the steps) to the last.
+Writes assets/learning.svg and prints the change from the first point (of training: the first
+quarter of the steps) to the last. Needs matplotlib, which is not in requirements.txt.
 """
 import json
 import sys
@@ -11,45 +12,48 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import interval, print_changes
+from eval import interval, print_table
 
-PANELS = {    # title: what of a line of metrics.jsonl, and what that is divided by
-    "held-out reward": ["eval_reward"], "held-out answers that are closed": ["eval_closed"],
-    "held-out reward of the closed ones": ["eval_reward", "eval_closed"],
-    "training reward": ["reward_mean"], "tokens in a training answer": ["answer_tokens"]}
+PANELS = {    # title: a key of metrics.jsonl, and what it is divided by
+    "held-out reward": ("eval_reward", None),
+    "held-out answers that are finished": ("eval_finished", None),
+    "held-out reward of the finished ones": ("eval_reward", "eval_finished"),
+    "training reward": ("reward_mean", None),
+    "tokens in a training answer": ("answer_tokens", None),
+}
 
 
-def points(steps: Sequence[int], values: Sequence[float], low: float, high: float, last: int) -> str:
-    return " ".join(f"{150 * step / last:.1f},{100 * (high - v) / (high - low):.1f}" for step, v in zip(steps, values, strict=True))
+def read_run(file: str) -> dict[int, dict[str, float]]:
+    text = Path(file).read_text().replace('closed"', 'finished"')    # as older runs call them
+    return {row["step"]: row for row in map(json.loads, text.splitlines())}
 
 
 def main(files: Sequence[str], out: Path) -> None:
+    from matplotlib import pyplot
     if len(files) < 2:
-        raise SystemExit("curves: needs the metrics.jsonl of two runs or more that differ in --seed")
-    runs = [{m["step"]: m for m in map(json.loads, Path(file).read_text(encoding="utf-8").splitlines())} for file in files]
-    panels, changes = [], {}
-    for i, (title, keys) in enumerate(PANELS.items()):
-        steps = [step for step in sorted(runs[0]) if all(key in run.get(step, {}) for run in runs for key in keys)]
+        raise SystemExit("curves: needs the metrics.jsonl of two runs or more")
+    runs = [read_run(file) for file in files]
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3), layout="tight")
+    table = []
+    for axis, (title, (key, divisor)) in zip(axes, PANELS.items(), strict=True):
+        steps = [step for step in runs[0] if all(key in run.get(step, {}) for run in runs)]
         if len(steps) < 2:
             raise SystemExit(f"curves: no two steps with {title} in all runs")
-        found = np.array([[[run[step][key] for key in keys] for step in steps] for run in runs])    # (runs, steps, keys)
-        values = found[..., 0] / found[..., 1] if len(keys) > 1 else found[..., 0]
+        values = np.array([[run[step][key] for step in steps] for run in runs])    # (runs, steps)
+        if divisor:
+            values /= np.array([[run[step][divisor] for step in steps] for run in runs])
         mean, half = interval(values)
+        axis.set_title(title, fontsize=9)
+        axis.plot(steps, values.T, color="gray", linewidth=0.7)
+        axis.plot(steps, mean, color="tab:blue", linewidth=2)
+        axis.fill_between(steps, mean - half, mean + half, color="tab:blue", alpha=0.2)
         ends = max(1, len(steps) // 4)
-        changes[title] = np.stack([values[:, :ends].mean(1), values[:, -ends:].mean(1)], axis=1)
-        scale = (min((mean - half).min(), values.min()), max((mean + half).max(), values.max()) + 1e-9, steps[-1])
-        band = points(steps, mean + half, *scale) + " " + points(steps[::-1], (mean - half)[::-1], *scale)
-        thin = "".join(f'<polyline points="{points(steps, run, *scale)}" fill="none" stroke="#999" stroke-width=".7"/>' for run in values)
-        panels.append(f"""<g transform="translate({45 + 205 * i} 30)"><text x="75" y="-12" text-anchor="middle">{title}</text>
-<path d="M0 0V100H150" fill="none" stroke="#888"/><text x="-4" y="8" text-anchor="end">{scale[1]:.2f}</text>
-<text x="-4" y="100" text-anchor="end">{scale[0]:.2f}</text><text x="150" y="114" text-anchor="end">{steps[-1]} steps</text>
-<polygon points="{band}" fill="#2a6fbb" opacity=".2"/>
-{thin}
-<polyline points="{points(steps, mean, *scale)}" fill="none" stroke="#2a6fbb" stroke-width="2"/></g>""")
-    print_changes(changes)
-    head = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1035 155" font-family="sans-serif" font-size="10">\n'
-            '<rect width="1035" height="155" fill="#fff"/>')
-    out.write_text("\n".join([head, *panels, "</svg>\n"]), encoding="utf-8")
+        before, after = values[:, :ends].mean(axis=1), values[:, -ends:].mean(axis=1)
+        change, half = interval(after - before)
+        table.append([title, f"{before.mean():.3f}", f"{after.mean():.3f}",
+                      f"{change:+.3f} [{change - half:+.3f}, {change + half:+.3f}]"])
+    print_table(["", "before", "after", "change [95%]"], table)
+    figure.savefig(out)
 
 
 if __name__ == "__main__":

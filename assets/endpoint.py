@@ -14,10 +14,11 @@ class Endpoint:
     """Has the method `generate` of pop.Engine, as pop.ask needs it. Exits if it does not answer.
 
     url: of the API, such as http://host/v1; the key is in $OPENAI_API_KEY. gather: pop.gather, so
-    that of several ranks the first one asks and all get the replies.
+    that of several ranks the first one asks and all get the replies. flag: what gave the URL.
     """
 
-    def __init__(self, url: str, model: str, gather: Callable[[Any], list[Any]]) -> None:
+    def __init__(self, url: str, model: str, gather: Callable[[Any], list[Any]],
+                 flag: str = "--judge_url") -> None:
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=4)
         self.model = model
@@ -27,7 +28,7 @@ class Endpoint:
         reply = self.complete(hello)
         if reply.finish_reason == "endpoint":
             reason = " ".join(reply.text.split())
-            print(f"{Path(sys.argv[0]).name}: --judge_url {url} --judge_model {model}: {reason}",
+            print(f"{Path(sys.argv[0]).name}: {flag} {url} --judge_model {model}: {reason}",
                   file=sys.stderr)
             raise SystemExit(2)
 
