@@ -6,7 +6,7 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
     proposer   (task x, reference y*) ~ pi_0(. | d)                             sees the document
     rubric     R = {(name, gold, description, weight)}_k ~ pi_0(. | d, x, y*)   sees the document
     solver     y_1..y_G ~ pi_theta(. | x)                                       never sees it
-    judge      v_ik in {0, 1, 2} ~ pi_0(. | x, R, y_i)                          sees the rubric only
+    judge      v_ik in {0, 1, 2} ~ pi_0(. | x, R, y_i)                          sees R instead
 
 pi_0 is the base model, pi_theta the policy. The document makes judging easier than answering: that
 gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
@@ -19,7 +19,7 @@ gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
 
 What PPO and GRPO have and this has not: a value network (the group's mean is the baseline), a clip
 against an older policy (one update per batch; the cap only bounds rounding), a division by the
-group's standard deviation or by the answer's length (both bias the gradient), a KL term (README).
+group's std or by the answer's length (both bias the gradient), a KL term (README adds one).
 The paper trains offline. --preset paper samples from the base model only, shows the rubric writer
 some of the answers, and makes a DPO pair of each group's best and worst.
 
@@ -70,13 +70,15 @@ def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") ->
     """
     return field(default=default, metadata=dict(help=help, minimum=minimum, needs=needs))
 
+FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words)"    # room for propose_tasks
+
 @dataclass
 class Config:
-    """Every setting of a run; each field is a flag of the same name. `None`: see `parse_args`."""
+    """Every setting of a run, each a flag of the same name. Some `None` are set in `parse_args`."""
     # what to train on what
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all roles")
     domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
-    corpus: str | None = flag(None, "hub dataset, or .txt/.jsonl/.parquet file or folder")
+    corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
     tasks: str | None = flag(None, "folder of another run's task files, to train on the same tasks")
     preset: Literal["default", "paper", "tiny"] = flag("default", "of defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
@@ -86,18 +88,17 @@ class Config:
     num_steps: int = flag(200, "steps in total", minimum=1)
     docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
     num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
-    max_new_tokens: int = flag(1024, "tokens in an answer; one that needs more scores 0", minimum=1,
-                               needs="max_model_len >= 2 * (max_new_tokens + max_doc_words)")
+    max_new_tokens: int = flag(1024, "of an answer, which is cut there", minimum=1, needs=FITS)
     task_steps: int | None = flag(None, "tasks are written for N steps at once; default: 8",
                                   minimum=1, needs="judge_weights == 'base' or task_steps == 1")
     min_doc_words: int = flag(50, "shorter documents are skipped", minimum=1)
-    max_doc_words: int = flag(1024, "words of a document that are used (paper)", minimum=1)
+    max_doc_words: int = flag(1024, "used of a document (paper)", minimum=1, needs=FITS)
     # sampling and judging
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01)
     task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
-    judge_weights: Literal["base", "policy"] = flag("base", "all but solver", needs="loss == 'pg'")
+    judge_weights: Literal["base", "policy"] = flag("base", "of other roles", needs="loss == 'pg'")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model and scoring == 'pointwise'")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
@@ -107,11 +108,11 @@ class Config:
     no_document_in_rubric: bool = flag(False, "the rubric writer sees no document")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
-    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "baseline", needs="loss == 'pg'")
+    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "formula", needs="loss == 'pg'")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
-    length_penalty: float = flag(0.0, "x length / the group's mean length is taken off the score")
+    length_penalty: float = flag(0.0, "the score loses this x length / the group's mean length")
     dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
-    length_gap: int = flag(100, "words between answers of a pair (paper)", needs="loss == 'dpo'")
+    length_gap: int = flag(100, "most words that a pair differs by (paper)", needs="loss == 'dpo'")
     lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
     learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
     warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
@@ -121,13 +122,11 @@ class Config:
     # engine
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer")
     gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
-    max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped",
-                              needs="max_model_len >= 2 * (max_new_tokens + max_doc_words)")
+    max_model_len: int = flag(8192, "tokens of prompt and reply; longer is dropped", needs=FITS)
     # measure, save
     eval_every: int = flag(0, "steps between measures on held-out tasks", needs="not no_document")
     eval_docs: int = flag(16, "documents held out for that", minimum=2)
     save_every: int = flag(50, "steps between checkpoints; the last is always saved", minimum=1)
-
     @property
     def held_out_docs(self) -> int:
         return self.eval_docs if self.eval_every else 0
@@ -161,14 +160,15 @@ def gather(value: Any) -> list[Any]:
 
 def fail(message: str) -> None:
     """End the program with one line on stderr: what is wrong, which flag, what to do."""
-    if RANK == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if RANK > 0:
+        time.sleep(20)    # torchrun ends all ranks with the first one that goes: let rank 0 print
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 def build_parser(settings: type, usage: str) -> argparse.ArgumentParser:
     """A command line with one flag for each field of a dataclass of settings."""
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
-    parser.error = fail
+    parser.error = fail    # one line, not the whole usage
     for f in fields(settings):
         options = get_args(f.type)    # of `int | None`: int and None; of a Literal: its words
         kind = dict(type=f.type)
@@ -313,8 +313,8 @@ DOMAINS = {
 }
 
 Messages = list[dict[str, str]]
-# What a text must not hold: our tags, and special tokens of common models (a judge behind a URL has
-# another tokenizer than the engine). \uff5c is the wide bar of DeepSeek's.
+# What a text must not hold: our tags, and common special tokens such as <|im_end|>, </s>, [INST] (a
+# judge behind a URL has another tokenizer than the engine). \uff5c is DeepSeek's wide bar.
 OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
 SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
 
@@ -424,7 +424,7 @@ def read_documents(name: str, revision: str | None, seed: int) -> Iterator[str]:
             raise ValueError(f"needs a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
         text = row[columns[0]]
         if isinstance(text, str):
-            yield clean_text(text[:1_000_000])    # a novel; more would take gigabytes to cut
+            yield clean_text(text[:1_000_000])    # about a novel; cutting more takes gigabytes
 
 def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents of at least --min_doc_words words: what the run can use, or all there are.
@@ -547,7 +547,7 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
         raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {weights}")
     if not all(0 < w <= sys.float_info.max for w in weights):
         raise ValueError(f"weights {weights} must be finite and above 0")
-    shares = np.array(weights, dtype=float) / max(weights)    # huge weights would overflow in a sum
+    shares = np.array(weights, dtype=float) / max(weights)    # huge ones would overflow in a sum
     return float(np.average(np.array(ratings) / 2, weights=shares))
 
 # ---- 6. engine ----
@@ -608,7 +608,6 @@ def repack_tied_head(model: nn.Module) -> None:
 
 class Engine:
     """vLLM inside this process: the only place that names it. It holds one copy of the weights."""
-
     def __init__(self, cfg: Config) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # to hand tensors over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -623,7 +622,7 @@ class Engine:
         else:
             # Compiling takes minutes here, and vLLM compiles its sampler even if eager.
             torch._dynamo.config.disable = True
-            # vLLM on CPU fails if it splits a seeded prompt over two steps: a step has much room.
+            # vLLM on CPU fails if a seeded prompt is split over two of its batches: so a big limit.
             # Prompts share blocks of 32 tokens instead of 128: 1.3 times as fast.
             device = dict(kv_cache_memory_bytes=2 << 30, block_size=32,
                           max_num_batched_tokens=32768)
@@ -792,14 +791,15 @@ def ask(engine: Any, role: str, requests: list[Request], cfg: Config) -> list[An
                 results[i] = requests[i].parse(reply.text)
             except ParseError as error:
                 requests[i].group.failures.append(f"{role}/{error}")
-                pending.append(i)
+                if reply.finish_reason != "too_long":    # else another seed does not help
+                    pending.append(i)
     return results
 
 def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[str]) -> None:
     """Proposer: fills in task and reference of groups that have a document only, or drop_reason.
     seen: the tasks so far. New ones are added, and one that is much like another is refused.
     """
-    # Characters, about 4 a token: a reference as long as an answer may be.
+    # A reference may be as long as an answer: 4 characters a token. At worst a token has only 2.
     limit = 4 * cfg.max_new_tokens
     schema = Task.model_json_schema()
     schema["properties"]["task"]["maxLength"] = min(500, limit // 2)
@@ -819,7 +819,7 @@ def pick_candidates(group: Group, cfg: Config) -> str:
     """--rubric_candidates finished answers, drawn evenly over their lengths and shuffled."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     places = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round()
-    picked = [cut_words(answers[int(place)], 2048) for place in places]
+    picked = [cut_words(answers[int(place)], 2048) for place in places]    # (paper)
     random.Random(request_seed(cfg, "candidates", group.step, group.row)).shuffle(picked)
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
@@ -874,6 +874,8 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
             write_rubrics(engine, groups, cfg)
         if RANK == 0:
             lines = [GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in groups]
+            while (folder / f"{name}.jsonl").exists():
+                name += "_again"    # a person has deleted the first step's lines there
             part = folder / f"{name}.part"
             part.write_bytes(b"".join(lines))
             part.rename(folder / f"{name}.jsonl")    # complete or absent
@@ -898,7 +900,7 @@ def read_answer(completion: Completion, cfg: Config) -> str:
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
     Plain answers are sampled once. Tagged ones that did not close their tags are sampled again, as
-    in the paper: up to five rounds while fewer than eight of a group did.
+    in the paper: up to five rounds, while fewer than eight of the group have closed theirs.
     """
     for group in kept(groups):
         group.completions = [Completion([]) for _ in range(cfg.num_generations)]
@@ -981,8 +983,8 @@ def rate_expected(judge: Engine, rows: list[tuple[Group, Completion]],
 # ---- 8. advantages ----
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
-    mean: r - mean(r). rloo: r - mean of the other answers, n / (n - 1) times as much. grpo: mean's,
-    over std, which blows up near-ties. All 0 with fewer than two scores or less than 1e-6 apart.
+    mean: r - mean(r). rloo: r - mean of the other answers, n / (n - 1) times mean's. grpo: mean's
+    / std, which blows up near-ties. All 0 if fewer than two have scores, or all within 1e-6.
     """
     advantages = torch.zeros_like(scores)
     scored = ~scores.isnan()
@@ -1040,7 +1042,6 @@ class LoRALinear(nn.Linear):
     B starts at 0, so the first policy is the base model. The layer takes over the parameters of the
     one it replaces: the state dict keeps its Hugging Face names.
     """
-
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         nn.Module.__init__(self)    # not nn.Linear's, which would make a weight of its own
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -1063,6 +1064,7 @@ def shard(model: nn.Module) -> None:
         fully_shard(module, reshard_after_forward=True,
                     mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         module.set_gradient_divide_factor(1.0)    # a sum over ranks: the loss is normalised already
+        module.set_force_sum_reduction_for_comms(True)    # gloo knows no other reduction
     register_fsdp_forward_method(model, "logprobs")
 
 def load_policy(cfg: Config) -> nn.Module:
@@ -1110,7 +1112,7 @@ def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (all ranks must call it together); any other as it is."""
     if isinstance(tensor, DTensor):
-        return tensor.to(tensor.device_mesh.device_type).full_tensor()
+        return tensor.to(tensor.device_mesh.device_type).full_tensor()    # it may be on the host
     return tensor
 
 @torch.no_grad()
@@ -1158,7 +1160,7 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     N: the same for all micro-batches of a step. ratio = exp(logprob - engine_logprob) makes up for
     the engine's rounding (truncated importance sampling, arXiv 1802.01561). No 1 / length: it would
     favour short good answers and long bad ones (arXiv 2503.20783). Returns the loss and, for the
-    metrics, sums over the masked tokens, and their count.
+    metrics, sums over the tokens where mask is 1, and their count.
     """
     mask = mask.bool()
     if advantages.dim() == 1:
@@ -1199,7 +1201,7 @@ class Batch:
     weight: float              # 0: a copy that only keeps the ranks in step
 
 def collate(completions: Sequence[Completion], weight: float, device: torch.device) -> Batch:
-    """Masked by length, never by token value: EOS is trained even if it is the pad token."""
+    """Masks go by length, never by token value: EOS is trained even if it is the pad token."""
     def pad(rows: list[list[Any]]) -> Tensor:    # (B, T)
         tensors = [torch.tensor(row, device=device) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -1230,7 +1232,7 @@ def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Comple
 
 def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
                   cfg: Config) -> Iterator[Batch]:
-    """This rank's share of an update; copies fill up, as FSDP2 needs equally many on each rank."""
+    """This rank's share of an update; FSDP2 needs equally many on each rank: copies are added."""
     packs = [(rows, 1.0) for rows in pack(units, cfg.micro_batch_tokens)]
     while len(packs) % WORLD > 0:
         packs.append((packs[-1][0], 0.0))
@@ -1239,7 +1241,7 @@ def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
         yield collate(rows, weight, device)
 
 def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
-    """token_logprobs (B, T); a batch over --micro_batch_tokens is checkpointed, so slower."""
+    """token_logprobs (B, T); over --micro_batch_tokens with gradient checkpointing, so slower."""
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
@@ -1336,8 +1338,7 @@ def check_run(cfg: Config) -> None:
     if cfg.tasks and cfg.eval_every and HELD_OUT not in [group.step for group in given_tasks]:
         fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents from its tasks")
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
-        fail(f"--model {cfg.model}: no CUDA device here; --preset tiny, or a small --model with "
-             "--dtype float32, runs on the CPU")
+        fail(f"--model {cfg.model}: no CUDA device; --preset tiny or --dtype float32 runs on CPU")
 
 def start_run(cfg: Config) -> tuple[str, str, list[str]]:
     """Find all that a run needs, then take its folder. Returns model, folder and corpus."""
@@ -1407,7 +1408,7 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {name: value if name == "loss" else value / count for name, value in total.items()}
 
 def memory_gb() -> float:
-    """On a GPU what is in use now, on CPU the most that this process has had."""
+    """Right after an update: on a GPU all that the card holds, on CPU this process' peak so far."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
@@ -1415,8 +1416,8 @@ def memory_gb() -> float:
 
 def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
     """Write rollouts/step_NNNNNN.jsonl and a line of metrics.jsonl, print a line."""
-    step = metrics["step"]
-    with open(run_dir / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
+    rollouts = run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl"
+    with open(rollouts, "w", encoding="utf-8") as file:
         for group in groups:
             row = GROUP.dump_python(group, mode="json")
             for completion in row["completions"]:    # for people, so without token ids
@@ -1427,9 +1428,9 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
         file.write(json.dumps(metrics) + "\n")
     seconds = {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
-    shown.append(f"seconds {sum(seconds.values()):.0f}")
+    shown += [f"seconds {sum(seconds.values()):.0f}"]
     shown += [f"{phase} {value:.0f}" for phase, value in seconds.items()]
-    print(f"step {step}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
+    print(f"step {metrics['step']}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
@@ -1499,7 +1500,6 @@ def main(cfg: Config) -> None:
         dist.broadcast_object_list(found)
     cfg.model, cfg.run_dir, corpus = found[0]
     run_dir = Path(cfg.run_dir)
-
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     model = load_policy(cfg)
@@ -1511,7 +1511,7 @@ def main(cfg: Config) -> None:
     held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
-    # DPO is offline, as in the paper: the base model answers, and is the reference of the loss.
+    # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
     metrics: dict[str, Any] = {}
 
@@ -1531,7 +1531,7 @@ def main(cfg: Config) -> None:
         if step == cfg.num_steps:
             break
 
-        # ---- rollouts: the base model writes tasks and rubrics and judges, the policy answers ----
+        # ---- rollouts: tasks and rubrics (base model), answers (`answering`), verdicts ----
         with clock(metrics, "tasks"):
             groups = tasks_of_step(engine, model, corpus, step, cfg)
         with clock(metrics, "answer"):
@@ -1575,7 +1575,7 @@ def main(cfg: Config) -> None:
                 if batch.weight:
                     sums.update(part, loss=loss.item())
             if units:
-                metrics["grad_norm"] = optimizer_step(model, optimizer)    # NaN: there was no step
+                metrics["grad_norm"] = optimizer_step(model, optimizer)    # not finite: no step
 
         # ---- log, save ----
         metrics |= rollout_metrics(groups) | update_metrics(sums) | dict(peak_memory_gb=memory_gb())
