@@ -48,8 +48,10 @@ class Endpoint:
                 model=self.model, messages=request.messages, temperature=request.temperature,
                 seed=request.seed, max_completion_tokens=request.max_tokens,
                 response_format=dict(type="json_schema", json_schema=schema))
+            choice = response.choices[0]
+            return SimpleNamespace(text=choice.message.content or "",
+                                   finish_reason=choice.finish_reason)
         except openai.OpenAIError as error:
             return SimpleNamespace(text=str(error), finish_reason="endpoint")
-        choice = response.choices[0]
-        return SimpleNamespace(text=choice.message.content or "",
-                               finish_reason=choice.finish_reason)
+        except (AttributeError, IndexError, TypeError) as error:    # status 200, but no completion
+            return SimpleNamespace(text=f"not a completion: {error}", finish_reason="endpoint")
