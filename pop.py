@@ -19,7 +19,7 @@ gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
 
 What PPO and GRPO have and this has not: a value network (the group's mean is the baseline), a clip
 against an older policy (one update per batch; the cap only bounds rounding), a division by the
-group's std or by the answer's length (both bias the gradient), a KL term (README adds one).
+group's std or by the answer's length (both bias the gradient), a KL term (README shows how).
 The paper trains offline. --preset paper samples from the base model only, shows the rubric writer
 some of the answers, and makes a DPO pair of each group's best and worst.
 
@@ -98,7 +98,7 @@ class Config:
     task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
-    judge_weights: Literal["base", "policy"] = flag("base", "of other roles", needs="loss == 'pg'")
+    judge_weights: Literal["base", "policy"] = flag("base", "all but solver", needs="loss == 'pg'")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model and scoring == 'pointwise'")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
@@ -547,7 +547,7 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
         raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {weights}")
     if not all(0 < w <= sys.float_info.max for w in weights):
         raise ValueError(f"weights {weights} must be finite and above 0")
-    shares = np.array(weights, dtype=float) / max(weights)    # huge ones would overflow in a sum
+    shares = np.array(weights, dtype=float) / max(weights)    # a caller's huge ones would overflow
     return float(np.average(np.array(ratings) / 2, weights=shares))
 
 # ---- 6. engine ----
@@ -676,7 +676,7 @@ class Engine:
                 continue
             guide = StructuredOutputsParams(json=request.schema) if request.schema else None
             fitting.append((request, completion))
-            params.append(SamplingParams(
+            params.append(SamplingParams(    # logprobs 0: those of the sampled tokens alone
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
                 stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
                 logprobs=0 if request.logprobs else None, logprob_token_ids=request.next_tokens))
@@ -799,7 +799,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     """Proposer: fills in task and reference of groups that have a document only, or drop_reason.
     seen: the tasks so far. New ones are added, and one that is much like another is refused.
     """
-    # A reference may be as long as an answer: 4 characters a token. At worst a token has only 2.
+    # A reference may be as long as an answer: 4 characters a token, at worst 2. 300: task, JSON.
     limit = 4 * cfg.max_new_tokens
     schema = Task.model_json_schema()
     schema["properties"]["task"]["maxLength"] = min(500, limit // 2)
@@ -807,7 +807,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     requests = []
     for group in groups:
         requests.append(Request(
-            proposer_prompt(group.document, cfg), max_tokens=limit // 2 + 100, schema=schema,
+            proposer_prompt(group.document, cfg), max_tokens=limit // 2 + 300, schema=schema,
             temperature=cfg.task_temperature, parse=partial(parse_task, seen=seen), group=group))
     for group, reply in zip(groups, ask(engine, "proposer", requests, cfg), strict=True):
         if reply is None:
@@ -983,8 +983,8 @@ def rate_expected(judge: Engine, rows: list[tuple[Group, Completion]],
 # ---- 8. advantages ----
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
-    mean: r - mean(r). rloo: r - mean of the other answers, n / (n - 1) times mean's. grpo: mean's
-    / std, which blows up near-ties. All 0 if fewer than two have scores, or all within 1e-6.
+    mean: r - mean(r). rloo: r - mean of the others = n / (n - 1) times "mean". grpo: "mean" / std,
+    which blows up near-ties. All 0 if fewer than two have scores, or all within 1e-6.
     """
     advantages = torch.zeros_like(scores)
     scored = ~scores.isnan()
@@ -1001,7 +1001,7 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
 
 def set_advantages(group: Group, cfg: Config) -> None:
     """Fill in completion.advantage of a kept group; if it teaches nothing it gets a drop_reason.
-    judge: fewer than two scored answers. zero_spread: equal scores, before --length_penalty.
+    judge: fewer than two scored answers. zero_spread: equal scores (length alone does not train).
     """
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     if len(scores) - scores.isnan().sum() < 2:
@@ -1017,7 +1017,7 @@ def set_advantages(group: Group, cfg: Config) -> None:
 
 def preference_pair(group: Group, cfg: Config) -> list[Completion]:
     """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
-    They are more than 0.001 apart in advantage, and at most --length_gap words in length.
+    They are more than 0.001 apart in advantage, and at most --length_gap words in whole text.
     """
     scored = [c for c in group.completions if c.score is not None]
     best = max(scored, key=lambda c: c.advantage)
@@ -1058,7 +1058,7 @@ class LoRALinear(nn.Linear):
 
 def shard(model: nn.Module) -> None:
     """FSDP2: each rank keeps a part of every tensor; a layer is gathered while it computes."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_layers import GradientCheckpointingLayer    # base of each block
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*layers, model]:
         fully_shard(module, reshard_after_forward=True,
@@ -1143,7 +1143,6 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-
     parts = []
     for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
@@ -1241,7 +1240,7 @@ def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
         yield collate(rows, weight, device)
 
 def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
-    """token_logprobs (B, T); over --micro_batch_tokens with gradient checkpointing, so slower."""
+    """token_logprobs (B, T); above --micro_batch_tokens with gradient checkpointing: slower."""
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
@@ -1301,7 +1300,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 # ---- 11. log and checkpoints ----
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "micro_batch_tokens",
-             "offload_optimizer", "gpu_memory_utilization", "save_every", "tasks"}    # may change
+             "offload_optimizer", "gpu_memory_utilization", "save_every"}    # may change
 PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
            "eval_reward", "eval_reward_se")
 
@@ -1332,11 +1331,12 @@ def check_run(cfg: Config) -> None:
             if name not in RESUMABLE and before.get(name) != value:
                 fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}; use that, or "
                      "another folder")
-    given_tasks = read_tasks(Path(cfg.tasks)) if cfg.tasks else []
-    if cfg.tasks and not given_tasks:
-        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
-    if cfg.tasks and cfg.eval_every and HELD_OUT not in [group.step for group in given_tasks]:
-        fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents from its tasks")
+    if cfg.tasks and not cfg.resume:    # a resumed run has its copy
+        given_steps = {group.step for group in read_tasks(Path(cfg.tasks))}
+        if not given_steps:
+            fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
+        if cfg.eval_every and HELD_OUT not in given_steps:
+            fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents")
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device; --preset tiny or --dtype float32 runs on CPU")
 
@@ -1408,7 +1408,7 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {name: value if name == "loss" else value / count for name, value in total.items()}
 
 def memory_gb() -> float:
-    """Right after an update: on a GPU all that the card holds, on CPU this process' peak so far."""
+    """After an update: the GPU's use (PyTorch keeps its blocks: near the peak); on CPU the peak."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
@@ -1531,7 +1531,7 @@ def main(cfg: Config) -> None:
         if step == cfg.num_steps:
             break
 
-        # ---- rollouts: tasks and rubrics (base model), answers (`answering`), verdicts ----
+        # ---- rollouts: tasks, rubrics, verdicts (--judge_weights) and answers (`answering`) ----
         with clock(metrics, "tasks"):
             groups = tasks_of_step(engine, model, corpus, step, cfg)
         with clock(metrics, "answer"):
@@ -1566,10 +1566,10 @@ def main(cfg: Config) -> None:
                         logprobs, engine_logprobs=batch.engine_logprobs, mask=batch.target_mask,
                         advantages=batch.advantages, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
                 else:
-                    answers, references = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
+                    logps, ref_logps = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
                     loss, part = dpo_loss(
-                        chosen_logps=answers[::2], rejected_logps=answers[1::2],
-                        ref_chosen_logps=references[::2], ref_rejected_logps=references[1::2],
+                        chosen_logps=logps[::2], rejected_logps=logps[1::2],
+                        ref_chosen_logps=ref_logps[::2], ref_rejected_logps=ref_logps[1::2],
                         beta=cfg.dpo_beta, normalizer=len(units))
                 (batch.weight * loss).backward()    # into p.main_grad
                 if batch.weight:
@@ -1583,7 +1583,7 @@ def main(cfg: Config) -> None:
             log_step(run_dir, metrics, groups + measured, cfg)
         metrics = {}    # from here the next step's, so the save below counts there
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
-            with clock(metrics, "save"):    # after the log, which then has all of its steps
+            with clock(metrics, "save"):    # after the log, so that no saved step lacks its line
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
 
     if measured and RANK == 0:    # the last policy's: a line of its own
