@@ -17,7 +17,7 @@ gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
                           with c_it = stop_grad(min(ratio_it, ratio_cap)), N a constant
 
-What PPO and GRPO have and this has not: a value network (the group's mean is the baseline), a clip
+What PPO or GRPO has and this has not: a value network (the group's mean is the baseline), a clip
 against an older policy (one update per batch; the cap only bounds rounding), a division by the
 group's std or by the answer's length (both bias the gradient), a KL term (README shows how).
 The paper trains offline. --preset paper samples from the base model only, shows the rubric writer
@@ -70,12 +70,12 @@ def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") ->
     """
     return field(default=default, metadata=dict(help=help, minimum=minimum, needs=needs))
 
-FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words)"    # room for propose_tasks
+FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 500"    # 500: examples, JSON
 
 @dataclass
 class Config:
     """Every setting of a run, each a flag of the same name. Some `None` are set in `parse_args`."""
-    # what to train on what
+    # what to train, and on what. "(paper)" marks the value, or the choice, that the paper takes
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all roles")
     domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
     corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
@@ -98,7 +98,7 @@ class Config:
     task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
-    judge_weights: Literal["base", "policy"] = flag("base", "all but solver", needs="loss == 'pg'")
+    judge_weights: Literal["base", "policy"] = flag("base", "of other roles", needs="loss == 'pg'")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model and scoring == 'pointwise'")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
@@ -219,7 +219,7 @@ def clean_text(text: str) -> str:
 
 def limited_text(characters: int) -> Any:
     """Type of a text in a reply: not empty; guided decoding stops it at that many characters."""
-    # Without a limit 7 of 16 replies of a small model never ended. A longer text is still read.
+    # Without a limit 7 of 16 replies of a small model never ended. Unguided, longer ones pass.
     limit = Field(min_length=1, json_schema_extra={"maxLength": characters})
     return Annotated[str, AfterValidator(clean_text), limit]
 
@@ -253,8 +253,8 @@ def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
 @dataclass(kw_only=True)
 class Domain:
     """What the proposer is to write, and one worked example for all roles but the solver.
-    Small models need it: a 0.5B model wrote usable JSON in 44 of 48 replies with an example, in 1
-    of 48 without. `verdict` rates `answer`, a middling one.
+    Small models need it: a 0.5B model kept to a form in 44 of 48 replies with an example, in 1 of
+    48 without. `verdict` rates `answer`, a middling one.
     """
     assignment: str
     document: str
@@ -284,7 +284,7 @@ DOMAINS = {
                  (0, "It says to soak the pan, the opposite of the gold.")]),
     "health": Domain(
         assignment="one question of a patient or carer that names the health problem",
-        document="In a nosebleed, lean slightly forward and pinch the soft part of the nose for "
+        document="In a nosebleed, sit up, lean forward and pinch the soft part of the nose for "
                  "ten minutes. See a doctor if it bleeds over thirty minutes or after a blow.",
         task="My nose has started to bleed. How do I stop it, and when must I see a doctor?",
         reference="Lean slightly forward and pinch the soft part of your nose for ten minutes. "
@@ -424,7 +424,7 @@ def read_documents(name: str, revision: str | None, seed: int) -> Iterator[str]:
             raise ValueError(f"needs a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
         text = row[columns[0]]
         if isinstance(text, str):
-            yield clean_text(text[:1_000_000])    # about a novel; cutting more takes gigabytes
+            yield clean_text(text[:1_000_000])    # about a novel; to split more takes gigabytes
 
 def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents of at least --min_doc_words words: what the run can use, or all there are.
@@ -622,12 +622,12 @@ class Engine:
         else:
             # Compiling takes minutes here, and vLLM compiles its sampler even if eager.
             torch._dynamo.config.disable = True
-            # vLLM on CPU fails if a seeded prompt is split over two of its batches: so a big limit.
-            # Prompts share blocks of 32 tokens instead of 128: 1.3 times as fast.
+            # vLLM on CPU fails if a seeded prompt is split over two of its batches: a big limit
+            # makes that rare. Prompts share blocks of 32 tokens, not 128: 1.3 times as fast.
             device = dict(kv_cache_memory_bytes=2 << 30, block_size=32,
                           max_num_batched_tokens=32768)
         if WORLD > 1:
-            device["distributed_executor_backend"] = "external_launcher"
+            device["distributed_executor_backend"] = "external_launcher"    # that is torchrun
         self.llm = LLM(
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
@@ -799,7 +799,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     """Proposer: fills in task and reference of groups that have a document only, or drop_reason.
     seen: the tasks so far. New ones are added, and one that is much like another is refused.
     """
-    # A reference may be as long as an answer: 4 characters a token, at worst 2. 300: task, JSON.
+    # The limit counts characters. A token has about 4, at worst 2. 300: for the task and the JSON.
     limit = 4 * cfg.max_new_tokens
     schema = Task.model_json_schema()
     schema["properties"]["task"]["maxLength"] = min(500, limit // 2)
@@ -816,10 +816,10 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
             group.task, group.reference = reply
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """--rubric_candidates finished answers, drawn evenly over their lengths and shuffled."""
+    """--rubric_candidates finished answers of all lengths, shuffled. Too many: rubric/too_long."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     places = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round()
-    picked = [cut_words(answers[int(place)], 2048) for place in places]    # (paper)
+    picked = [cut_words(answers[int(place)], 2048) for place in places]    # 2048 words: the paper's
     random.Random(request_seed(cfg, "candidates", group.step, group.row)).shuffle(picked)
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
@@ -1017,7 +1017,7 @@ def set_advantages(group: Group, cfg: Config) -> None:
 
 def preference_pair(group: Group, cfg: Config) -> list[Completion]:
     """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
-    They are more than 0.001 apart in advantage, and at most --length_gap words in whole text.
+    They differ by over 0.001 in advantage, and by at most --length_gap words in their whole texts.
     """
     scored = [c for c in group.completions if c.score is not None]
     best = max(scored, key=lambda c: c.advantage)
@@ -1257,7 +1257,7 @@ def add_main_grad(p: nn.Parameter) -> None:
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over fp32 master weights: bf16 would round a step of 1e-6 away.
-    The masters are the parameters themselves where those are fp32 (LoRA), else copies.
+    A master shares the memory of a parameter that is fp32 already (LoRA); others are copies.
     --offload_optimizer keeps masters and moments in host memory; gradients go there once a step.
     """
     masters = []
@@ -1276,7 +1276,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     masters = optimizer.param_groups[0]["params"]
     for p, master in zip(trainable(model), masters, strict=True):
         if p.main_grad is None:
-            continue    # the model does not use p
+            continue    # no rank's model uses p
         if WORLD > 1 and not isinstance(p, DTensor):    # FSDP2 has done it for its own
             dist.all_reduce(p.main_grad)
         master.grad = p.main_grad.to(master.device)
@@ -1379,7 +1379,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     lengths = np.array([len(c.token_ids) for c in scored])
     found = dict(
         reward_mean=scores.mean(), answer_tokens=lengths.mean(),
-        criterion_pass=np.mean([rating / 2 for c in scored for rating in c.ratings]),
+        criterion_pass=np.mean([rating / 2 for c in scored for rating in c.ratings]),    # no w_k
         judge_ties=metrics["drop/zero_spread"] / len(groups),
         finished=np.mean([c.answer != "" for c in answers]))
     if scores.std() > 0 and lengths.std() > 0:
@@ -1408,7 +1408,7 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {name: value if name == "loss" else value / count for name, value in total.items()}
 
 def memory_gb() -> float:
-    """After an update: the GPU's use (PyTorch keeps its blocks: near the peak); on CPU the peak."""
+    """GPU memory in use after an update (PyTorch keeps blocks: near the peak); on CPU the peak."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
@@ -1554,7 +1554,7 @@ def main(cfg: Config) -> None:
 
         # ---- update: one AdamW step on all answers, or on all DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
-        # One constant: what was dropped or cut off does not change the weight of an answer.
+        # pg: one constant, so that dropped or cut answers do not change the weight of the others.
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
         sums: Counter[str] = Counter()
         with clock(metrics, "update"):
