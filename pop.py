@@ -70,7 +70,7 @@ def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") ->
     """
     return field(default=default, metadata=dict(help=help, minimum=minimum, needs=needs))
 
-FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 500"    # 500: examples, JSON
+FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 1300"    # 1300: examples, rubric
 
 @dataclass
 class Config:
@@ -98,7 +98,7 @@ class Config:
     task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
-    judge_weights: Literal["base", "policy"] = flag("base", "of other roles", needs="loss == 'pg'")
+    judge_weights: Literal["base", "policy"] = flag("base", "all but solver", needs="loss == 'pg'")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model and scoring == 'pointwise'")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
@@ -664,7 +664,7 @@ class Engine:
         return [completion for part in parts for completion in part]
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
-        """`generate` on this rank. A prompt that does not fit gets the finish_reason too_long."""
+        """`generate` on this rank; `role` is for stand-ins of tests. What does not fit: too_long."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, params = [], [], []
@@ -816,7 +816,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
             group.task, group.reference = reply
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """--rubric_candidates finished answers of all lengths, shuffled. Too many: rubric/too_long."""
+    """--rubric_candidates finished answers of all lengths, shuffled. No room: rubric/too_long."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     places = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round()
     picked = [cut_words(answers[int(place)], 2048) for place in places]    # 2048 words: the paper's
