@@ -664,7 +664,7 @@ class Engine:
         return [completion for part in parts for completion in part]
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
-        """`generate` on this rank; `role` is for stand-ins of tests. What does not fit: too_long."""
+        """`generate` on this rank; `role` is for stand-ins in tests. What does not fit: too_long"""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, params = [], [], []

@@ -598,7 +598,7 @@ def test_who_sees_what(make_cfg):
 
 def test_solver_is_asked_as_by_a_user(make_cfg):
     # the solver gets a worked example, a fence or an order that nobody gives the trained model later
-    assert pop.solver_prompt("Why?", make_cfg(max_new_tokens=300)) == [
+    assert pop.solver_prompt("Why?", make_cfg(max_new_tokens=300, max_model_len=4096)) == [
         dict(role="user", content="Why?\n\nAnswer in at most 150 words.")]
     [turn] = pop.solver_prompt("Why?", make_cfg(answer_form="tagged"))
     assert re.match(r"Why\?\n\nThink step by step.*between <answer> and </answer>", turn["content"], re.DOTALL)
@@ -747,7 +747,7 @@ def test_where_a_turn_ends(tiny_policy, make_cfg, vllm, tmp_path):
 
 def test_engine_samples_each_request(make_cfg, vllm):
     # a prompt that does not fit shifts the replies of the others, or log-probs belong to other tokens
-    engine = pop.Engine(make_cfg(max_model_len=300, max_new_tokens=50, max_doc_words=50))
+    engine = pop.Engine(dataclasses.replace(make_cfg(), max_model_len=300, max_new_tokens=50))
     chats = [[dict(role="user", content="x" * n)] for n in (10, 400, 20, 30)]
     settings = (dict(max_tokens=50, temperature=0.7, seed=3, logprobs=True), dict(max_tokens=50),
                 dict(max_tokens=1, next_tokens=[9, 8]), dict(max_tokens=9, schema=dict(type="object")))
