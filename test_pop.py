@@ -3210,7 +3210,7 @@ def report(start, loss, grad_norm):
 
 OWN_STEP = METER + UPDATE + """
 flags = dict(lora_rank=rank, micro_batch_tokens=size, temperature=1, docs_per_step=docs, max_new_tokens=longest,
-             num_generations=len(rows) // docs, max_doc_words=1, learning_rate=1e-6)
+             num_generations=len(rows) // docs, max_doc_words=1, max_model_len=4096, learning_rate=1e-6)
 cfg = pop.parse_args(["--preset", "tiny", *(f"--{name}={value}" for name, value in flags.items())])
 cfg.model = model_folder
 model, answers, made = pop.load_policy(cfg), [], []
@@ -3358,7 +3358,7 @@ def test_memory_does_not_grow(needs_vllm, tmp_path):
 SCORING = """
 import copy, os, time, pop
 from collections import Counter
-flags = ["--preset=tiny", "--max_doc_words=250", "--docs_per_step=32", *os.environ.get("POP_FLAGS", "").split()]
+flags = ["--preset=tiny", "--max_doc_words=240", "--docs_per_step=32", *os.environ.get("POP_FLAGS", "").split()]
 cfg = pop.parse_args(flags)
 cfg.model = pop.resolve_model(cfg.model)
 engine, documents = pop.Engine(cfg), pop.corpus_batch(pop.load_corpus(cfg), 0, cfg)
