@@ -42,7 +42,9 @@ def main() -> None:
         for key, limit in (limits | dict(function=60)).items():
             if found[key] < limit if key == "comments" else found[key] > limit:
                 over.append(f"{name}: {key} {found[key]:.3g}, limit {limit}")
-    sys.exit("\n".join(over))
+    # An empty text is an error to sys.exit, too, so that it is called only where something is over.
+    if over:
+        sys.exit("\n".join(over))
 
 
 if __name__ == "__main__":
