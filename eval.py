@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from typing_extensions import TypedDict
 
 import pop
@@ -408,7 +408,6 @@ class Model(AbstractContextManager):
             settings = engine_settings(cfg, name)
             self.ask = engine_replies
             self.pool = ProcessPoolExecutor(1, get_context("spawn"), start_engine, (settings, name))
-            self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
             cache = f"{short_name(name)}-{identity(name)}"
         self.file = Path(cfg.out, "cache", f"{cache}.jsonl")
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -429,7 +428,7 @@ class Model(AbstractContextManager):
         for request in requests:
             seed = request.seed if request.temperature > 0 else 0
             keys.append(fingerprint(request.messages, request.max_tokens, request.temperature,
-                                    seed, request.schema, request.next_tokens))
+                                    seed, request.schema, request.next_words))
             if keys[-1] not in self.known:
                 missing[keys[-1]] = replace(request, parse=None, group=None)
         pending = list(missing)
@@ -440,7 +439,7 @@ class Model(AbstractContextManager):
             with open(self.file, "a", encoding="utf-8") as out:
                 for key, reply in zip(part, replies, strict=True):
                     self.known[key] = dict(text=reply.text, finish_reason=reply.finish_reason)
-                    if missing[key].next_tokens:
+                    if missing[key].next_words:
                         self.known[key]["engine_logprobs"] = reply.engine_logprobs
                     if reply.finish_reason in ("stop", "length"):
                         out.write(f"\n{json.dumps([key, self.known[key]])}")
@@ -606,7 +605,7 @@ def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
     for title, key in zip(("score", "baseline's", "difference [95%]"), (*SIDES, "difference")):
         cells[title] = "{:.3f} [{:.3f}, {:.3f}]".format(*result[key]) if result["n"] else "-"
     for side in SIDES:
-        words = [len((row[side]["answer"] or "").split()) for row in rows]
+        words = [len(pop.words(row[side]["answer"] or "")) for row in rows]
         stopped = [row[side]["finish_reason"] == "stop" for row in rows]
         result |= {f"{side}_words": np.mean(words), f"{side}_finished": np.mean(stopped)}
     cells["win/tie/loss"] = "{win}/{tie}/{loss}".format(**result)
@@ -662,7 +661,7 @@ def answer_measures(completion: Row, item: Item, text: str, ratings: Points | No
     golds = " ".join(criterion.gold for criterion in item.group.rubric)
     wanted = set(re.findall(r"\w{4,}", golds.lower()))
     share = len(wanted & set(re.findall(r"\w{4,}", text.lower()))) / max(1, len(wanted))
-    return [own, rated if finished else 0.0, rated, finished, share, len(text.split())]
+    return [own, rated if finished else 0.0, rated, finished, share, len(pop.words(text))]
 
 def held_out_answers(run: str) -> Iterator[tuple[int, Row, Row]]:
     """(step, group, completion) of all answers to the held-out tasks of a run."""
@@ -754,8 +753,8 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
             base = engine_settings(cfg, model).model    # exits if there is none
             setattr(cfg, name, model if adapter(model) else base)
     if str(cfg.judge).startswith("http"):
-        if cfg.judge_model is None or cfg.scoring == "expected":
-            fail(f"--judge {cfg.judge}: needs --judge_model and --scoring pointwise")
+        if cfg.judge_model is None:
+            fail(f"--judge {cfg.judge}: needs --judge_model")
         Model(cfg, cfg.judge)    # exits if it does not answer
     else:
         cfg.judge_model = "lm-eval" if cfg.benchmark == "ifeval" else short_name(cfg.judge)

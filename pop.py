@@ -47,6 +47,7 @@ from copy import deepcopy
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -54,7 +55,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
+                      ValidationError)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -89,8 +91,7 @@ class Config:
     docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
     num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
     max_new_tokens: int = flag(1024, "of an answer, which is cut there", minimum=1, needs=FITS)
-    task_steps: int | None = flag(None, "tasks are written for N steps at once; default: 8",
-                                  minimum=1, needs="judge_weights == 'base' or task_steps == 1")
+    task_steps: int = flag(8, "tasks are written for N steps at once", minimum=1)
     min_doc_words: int = flag(50, "shorter documents are skipped", minimum=1)
     max_doc_words: int = flag(1024, "used of a document (paper)", minimum=1, needs=FITS)
     # sampling and judging
@@ -98,14 +99,13 @@ class Config:
     task_temperature: float = flag(1.0, "of tasks and rubrics; small models need less")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
-    judge_weights: Literal["base", "policy"] = flag("base", "all but solver", needs="loss == 'pg'")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
-                                 needs="judge_model and scoring == 'pointwise'")
+                                 needs="judge_model")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
     rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11; writing 4)")
     # ablations
     no_document: bool = flag(False, "nobody sees a document: tasks come from the model alone")
-    no_document_in_rubric: bool = flag(False, "the rubric writer sees no document")
+    no_document_in_rubric: bool = flag(False, "the rubric writer sees task only (paper's ablation)")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
     advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "formula", needs="loss == 'pg'")
@@ -142,14 +142,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         micro_batch_tokens=512, dtype="float32", max_model_len=2048),
     # As published: full weights; the base model answers, and is the reference of DPO.
     "paper": dict(
-        loss="dpo", lora_rank=0, num_generations=32, max_new_tokens=6144, answer_form="tagged",
-        rubric_candidates=11, lr_schedule="cosine", max_model_len=16384),
+        loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
+        answer_form="tagged", rubric_candidates=11, lr_schedule="cosine", max_model_len=16384),
 }
 
 # torchrun starts one process for each GPU, called a rank. All ranks run the same loop on the same
 # groups; they share out the prompts of a call (Engine.generate) and the batches of an update.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def gather(value: Any) -> list[Any]:
     """What each rank has to give, on every rank. All ranks must call it together."""
@@ -198,11 +199,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[chosen.preset])
     if chosen.preset == "paper" and chosen.domain == "writing":
-        parser.set_defaults(rubric_candidates=4)
+        parser.set_defaults(num_steps=512, rubric_candidates=4)
     cfg = Config(**vars(parser.parse_args(argv)))
     check_flags(cfg, parser)
-    if cfg.task_steps is None:    # a policy that writes the tasks changes with every step
-        cfg.task_steps = 8 if cfg.judge_weights == "base" else 1
     if cfg.learning_rate is None:
         lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4    # not in PRESETS: LoRA only
         cfg.learning_rate = lora_rate if cfg.lora_rank > 0 else 1e-6
@@ -240,9 +239,14 @@ class Criterion(Reply):
 class Rubric(Reply):
     criteria: list[Criterion] = Field(min_length=1, max_length=5)
 
+def digit(value: Any) -> Any:
+    """Unguided, as at an endpoint, a judge may write "2" for 2."""
+    return int(value) if value in ("0", "1", "2") else value
+
 class Rating(Reply):
     thoughts: limited_text(160)
-    rating: int = Field(ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
+    rating: Annotated[int, BeforeValidator(digit)] = Field(
+        ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
 
 def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
     """Type of a judge's reply: {criterion name: {"thoughts", "rating"}}, exactly these names."""
@@ -349,13 +353,15 @@ def proposer_prompt(document: str, cfg: Config) -> Messages:
     example = Task(task=domain.task, reference=domain.reference)
     return chat(instruction, example.model_dump_json(), cfg, dict(document=document))
 
-def rubric_prompt(group: "Group", document: str, candidates: str, cfg: Config) -> Messages:
-    """Asks for a Rubric of the group's task; document and candidates may be empty."""
+def rubric_prompt(group: "Group", candidates: str, cfg: Config) -> Messages:
+    """Asks for a Rubric of the group's task; candidates may be empty."""
     contrast = ", and that tell good candidates from bad ones" if candidates else ""
     instruction = ("Write a rubric by which others grade answers to the task: 3 to 5 criteria that "
                    f"check different points{contrast}. name: two or three words. gold: what the "
                    "best answer says on this point. description: what to check. weight: 1 to 5.")
-    texts = dict(document=document, task=group.task, reference=group.reference)
+    texts = dict(document=group.document, task=group.task, reference=group.reference)
+    if cfg.no_document_in_rubric:    # the reference holds what the document says
+        texts |= dict(document="", reference="")
     texts["candidates"] = candidates
     return chat(instruction, rubric_json(DOMAINS[cfg.domain].rubric), cfg, texts)
 
@@ -368,6 +374,8 @@ def solver_prompt(task: str, cfg: Config) -> Messages:
     else:
         text = (f"{task}\n\nThink step by step about what a good answer needs. Then give your "
                 "final answer once, between <answer> and </answer>.")
+        if cfg.domain == "writing":
+            text += " It should have about 1,000 words."
     return [dict(role="user", content=text)]
 
 def judge_prompt(task: str, rubric: list[Criterion], answer: str, cfg: Config) -> Messages:
@@ -397,40 +405,26 @@ CORPORA = {
     "writing": ("Skelebor/book_titles_and_descriptions", None),
 }
 TEXT_COLUMNS = ("text", "description", "content", "document")
-FORMATS = {
-    ".txt": dict(path="text", sample_by="paragraph", encoding_errors="replace"),    # by blank line
-    ".jsonl": dict(path="json"),
-    ".parquet": dict(path="parquet"),
-}
+# Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces: each character counts as a word.
+NO_SPACES = (r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff"
+             r"\U00020000-\U0003134f")
+WORD = rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+"
+
+def words(text: str) -> list[str]:
+    return re.findall(WORD, text)
 
 def cut_words(text: str, count: int) -> str:
-    """The first `count` words of a text, with the white space between them."""
-    return re.match(rf"(?:\s*\S+){{0,{count}}}", text)[0]
-
-def read_documents(name: str, revision: str | None, seed: int) -> Iterator[str]:
-    """Raw documents in a shuffled order; a hub dataset is streamed, never downloaded whole."""
-    from datasets import load_dataset
-    source = dict(path=name, revision=revision)    # a hub dataset
-    files = sorted(Path(name).rglob("*")) if Path(name).is_dir() else [Path(name)]
-    files = [file for file in files if file.suffix in FORMATS]
-    if len({file.suffix for file in files}) > 1:
-        raise ValueError("the folder has files of more than one of these formats")
-    if files:
-        source = FORMATS[files[0].suffix] | dict(data_files=[str(file) for file in files])
-    rows = load_dataset(**source, split="train", streaming=True)
-    for row in rows.shuffle(seed=seed, buffer_size=10_000):
-        columns = [column for column in TEXT_COLUMNS if column in row]
-        if not columns:
-            raise ValueError(f"needs a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(row)}")
-        text = row[columns[0]]
-        if isinstance(text, str):
-            yield clean_text(text[:1_000_000])    # about a novel; to split more takes gigabytes
+    """The first `count` words of a text, and at most 8 characters for each: a "word" may be a file
+    in base64.
+    """
+    return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
 def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents of at least --min_doc_words words: what the run can use, or all there are.
     The first --eval_docs are held out. A longer run has the same first documents, so --num_steps
     can be raised on resume. Exits with one line if too few are usable.
     """
+    from assets.corpus import FORMATS, read_rows, text_column
     if cfg.no_document:
         return [""]
     name, revision = CORPORA[cfg.domain]
@@ -438,15 +432,28 @@ def load_corpus(cfg: Config) -> list[str]:
         name, revision = cfg.corpus, None
     wanted = cfg.held_out_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
+    skipped: Counter[str] = Counter()
     try:
-        for text in read_documents(name, revision, cfg.seed):
-            if len(text.split()) >= cfg.min_doc_words:
+        rows = read_rows(name, revision, cfg.seed)
+        first = list(islice(rows, 1000))    # of the shuffled rows
+        column = text_column(first, TEXT_COLUMNS)
+        for row in chain(first, rows):
+            text = row.get(column)
+            if not isinstance(text, str):
+                skipped["without text"] += 1
+                continue
+            text = clean_text(text[:1_000_000])    # about a novel; to split more takes gigabytes
+            if len(words(text)) < cfg.min_doc_words:
+                skipped["too short"] += 1
+            else:
                 documents[cut_words(text, cfg.max_doc_words)] = None
             if len(documents) == wanted:
                 break
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:    # the library raises many kinds
         fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file "
              f"({' '.join(str(error).split())[:300]})")
+    print(f"corpus {name}, column {column}: {len(documents)} documents, "
+          f"left out {dict(skipped)}", flush=True)
     if len(documents) <= cfg.held_out_docs:
         fail(f"--corpus {name}: holds only {len(documents)} documents of --min_doc_words "
              f"{cfg.min_doc_words}, of which {cfg.held_out_docs} are held out")
@@ -465,24 +472,33 @@ class ParseError(ValueError):
     """A reply that cannot be used; its text is a short reason that metrics.jsonl counts."""
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
-    """The JSON object in a reply, from its first brace to its last, as a pydantic type reads it.
+    """The last whole JSON object in a reply (there may be prose around it), as a pydantic type.
     Raises ParseError: no_json, or pydantic's name of the first fault, such as missing.
     """
     text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
+    decoder = json.JSONDecoder(strict=False)    # a text may hold a raw newline
+    row, start = None, text.find("{")
+    while start >= 0:
+        try:
+            row, end = decoder.raw_decode(text, start)
+        except ValueError:
+            end = start + 1    # prose: try the next brace
+        except RecursionError:
+            break
+        start = text.find("{", end)
+    if row is None:
+        raise ParseError("no_json")
     try:
-        row = json.loads(text[text.find("{"):text.rfind("}") + 1], strict=False)
         return reply_type.validate_python(row)
     except ValidationError as error:
         raise ParseError(error.errors()[0]["type"]) from None
-    except (ValueError, RecursionError):
-        raise ParseError("no_json") from None
 
 @lru_cache(maxsize=20_000)    # each new task is compared with all before it; about 5 KB per text
 def ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
     """All n-grams of words in a text, in lower case; a text of fewer words is one n-gram."""
-    words = re.findall(r"\w+", text.lower())
-    count = max(1, len(words) - n + 1)
-    return frozenset(tuple(words[i:i + n]) for i in range(count))
+    found = words(re.sub(r"[^\w\s]", " ", text.lower()))    # without punctuation
+    count = max(1, len(found) - n + 1)
+    return frozenset(tuple(found[i:i + n]) for i in range(count))
 
 def overlap(text: str, other: str, n: int = 4) -> float:
     """Share of the n-grams in text that other has, too, in [0, 1]."""
@@ -493,10 +509,20 @@ def is_copy(text: str, others: Iterable[str]) -> bool:
     """Most of the text (over 60% of its 4-grams) is found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
+# "in the text" points at a text that the reader cannot see; "in the text of the treaty" does not.
+UNSEEN = r"""
+    \b ( this | given | above | provided | following
+        | (according\s+to | based\s+on | sum\s+up | summari[sz]e | read | using | in | by | from | of
+          | does | did) \s+ the )
+    \s+ (document|text|passage|article|excerpt)s? \b
+    (?! \s+ (of|on|for|that|which|in|from|with|titled|I|you|we|message) \b
+        | [^.?!]* ["“] )
+  | \b the \s+ (document|text|passage|article|excerpt) \s+
+    (says?|mentions?|describes?|discusses|states|explains|provides|is\s+about|above) \b"""
+
 def check_text(text: str, examples: Iterable[str]) -> None:
     """Raises ParseError: a document that the reader cannot see is named, or an example copied."""
-    unseen = r"\b(the|this|given|above)\s+(document|text|passage|article|excerpt)\b"
-    if re.search(unseen, text, re.IGNORECASE):
+    if re.search(UNSEEN, text, re.IGNORECASE | re.VERBOSE):
         raise ParseError("needs_document")
     if is_copy(text, examples):    # small models do that
         raise ParseError("copied_example")
@@ -569,7 +595,7 @@ class Request:
     seed: int = 0
     schema: dict[str, Any] | None = None       # guides decoding: the reply is JSON of this schema
     logprobs: bool = False                     # give the log-probs of the sampled tokens
-    next_tokens: list[int] | None = None       # give the log-probs of these as first token instead
+    next_words: list[str] | None = None        # give the log-probs of these as first token instead
     parse: Callable[[str], Any] | None = None  # for `ask`; raises ParseError
     group: "Group | None" = None               # for `ask`: for the seed, and to note failures
     index: int = 0                             # for `ask`: of the answer in its group, for the seed
@@ -675,20 +701,23 @@ class Engine:
                 completion.finish_reason = "too_long"
                 continue
             guide = StructuredOutputsParams(json=request.schema) if request.schema else None
+            next_tokens = []
+            for word in request.next_words or []:
+                next_tokens.append(self.tokenizer.encode(word, add_special_tokens=False)[0])
             fitting.append((request, completion))
             params.append(SamplingParams(    # logprobs 0: those of the sampled tokens alone
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
                 stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
-                logprobs=0 if request.logprobs else None, logprob_token_ids=request.next_tokens))
+                logprobs=0 if request.logprobs else None, logprob_token_ids=next_tokens or None))
         prompts = [dict(prompt_token_ids=completion.prompt_ids) for _, completion in fitting]
         outputs = self.llm.generate(prompts, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
-        for (request, completion), output in zip(fitting, outputs, strict=True):
+        for (request, completion), used, output in zip(fitting, params, outputs, strict=True):
             reply = output.outputs[0]
             completion.token_ids = list(reply.token_ids)
             completion.text, completion.finish_reason = reply.text, reply.finish_reason
             wanted = enumerate(reply.token_ids) if request.logprobs else []
-            if request.next_tokens:
-                wanted = [(0, token) for token in request.next_tokens]
+            if request.next_words:
+                wanted = [(0, token) for token in used.logprob_token_ids]
             completion.engine_logprobs = [reply.logprobs[t][token].logprob for t, token in wanted]
         return completions
 
@@ -738,6 +767,11 @@ class Engine:
         if self.on_gpu:
             torch.cuda.empty_cache()    # return the trainer's cached blocks first
             self.llm.wake_up(tags=list(parts) or None)
+
+    def close(self) -> None:
+        """Shut vLLM down; it also ends the process group of several ranks."""
+        self.wake()    # what sleeps cannot be freed
+        self.llm.llm_engine.engine_core.shutdown()
 
 # ---- 7. self-play ----
 HELD_OUT = -1    # the step of a task that nothing is trained on
@@ -828,8 +862,7 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
     for group in groups:
-        document = "" if cfg.no_document_in_rubric else group.document
-        messages = rubric_prompt(group, document, pick_candidates(group, cfg), cfg)
+        messages = rubric_prompt(group, pick_candidates(group, cfg), cfg)
         requests.append(Request(
             messages, max_tokens=800, temperature=cfg.task_temperature,
             schema=Rubric.model_json_schema(), parse=parse_rubric, group=group))
@@ -860,15 +893,15 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
     known = read_tasks(folder)
     known_steps = {group.step for group in known}
     if step not in known_steps:
-        name, steps, writer = "held_out", [HELD_OUT], "base"
+        name, steps = "held_out", [HELD_OUT]
         if step != HELD_OUT:
             steps = range(step, min(step + cfg.task_steps, cfg.num_steps))
-            name, writer = f"step_{step:06d}", cfg.judge_weights
+            name = f"step_{step:06d}"
         groups = []
         for new_step in [number for number in steps if number not in known_steps]:
             for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
                 groups.append(Group(document, step=new_step, row=row))
-        engine.load_weights(model, writer)
+        engine.load_weights(model, "base")
         propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
         if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
             write_rubrics(engine, groups, cfg)
@@ -956,21 +989,20 @@ def rate_pointwise(judge: Any, rows: list[tuple[Group, Completion]],
             index=group.completions.index(completion), max_tokens=100 * len(group.rubric) + 50))
     return ask(judge, "judge", requests, cfg)
 
-def rate_expected(judge: Engine, rows: list[tuple[Group, Completion]],
+def rate_expected(judge: Any, rows: list[tuple[Group, Completion]],
                   cfg: Config) -> list[list[float] | None]:
     """Ratings (K,) in [0, 2] of each answer: 2 P(Yes) / (P(Yes) + P(No)) that the gold is in it.
     None where the judge gives the two words less than 10% of its probability on any criterion.
     """
-    words = [judge.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
     requests = []
     for group, completion in rows:
         for criterion in group.rubric:
             prompt = yes_no_prompt(completion.answer, criterion.gold)
-            requests.append(Request(prompt, max_tokens=1, next_tokens=words))
+            requests.append(Request(prompt, max_tokens=1, next_words=["Yes", "No"]))
     replies = iter(judge.generate(requests, "judge"))
     results: list[list[float] | None] = []
     for group, _ in rows:
-        # No log-probs: the prompt was too long.
+        # No log-probs: the prompt was too long, or an endpoint gave none of both words.
         logprobs = [next(replies).engine_logprobs or [-math.inf] * 2 for _ in group.rubric]
         yes, both = np.exp(logprobs)[:, 0], np.exp(logprobs).sum(axis=1)    # (K,)
         if both.min() >= 0.1:
@@ -1025,7 +1057,7 @@ def preference_pair(group: Group, cfg: Config) -> list[Completion]:
     if best.advantage - worst.advantage <= 0.001:
         group.drop_reason = "zero_spread"
         return []
-    if abs(len(best.text.split()) - len(worst.text.split())) > cfg.length_gap:
+    if abs(len(words(best.text)) - len(words(worst.text))) > cfg.length_gap:
         group.drop_reason = "length_gap"
         return []
     return [best, worst]
@@ -1273,6 +1305,9 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
     If it is not finite there is no step: weights and moments stay as they are.
     """
+    # vLLM on a GPU leaves PyTorch one thread: too few for what --offload_optimizer does here.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CPU_THREADS)
     masters = optimizer.param_groups[0]["params"]
     for p, master in zip(trainable(model), masters, strict=True):
         if p.main_grad is None:
@@ -1287,6 +1322,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         for p, master in zip(trainable(model), masters, strict=True):
             p.copy_(master)
     optimizer.zero_grad()
+    torch.set_num_threads(threads)
     return grad_norm
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -1340,11 +1376,8 @@ def check_run(cfg: Config) -> None:
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device; --preset tiny or --dtype float32 runs on CPU")
 
-def start_run(cfg: Config) -> tuple[str, str, list[str]]:
-    """Find all that a run needs, then take its folder. Returns model, folder and corpus."""
-    check_run(cfg)
-    model = resolve_model(cfg.model)
-    corpus = load_corpus(cfg)
+def start_run(cfg: Config) -> None:
+    """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
     run_dir = Path(cfg.run_dir)
     for name in ("rollouts", "tasks", "checkpoints"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
@@ -1358,9 +1391,8 @@ def start_run(cfg: Config) -> tuple[str, str, list[str]]:
     log = run_dir / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     log.write_text("".join(lines[:steps]))
-    print(f"{run_dir}: {len(corpus)} documents, {cfg.num_steps} steps of {cfg.docs_per_step} x "
+    print(f"{run_dir}: {cfg.num_steps} steps of {cfg.docs_per_step} documents x "
           f"{cfg.num_generations} answers", flush=True)
-    return model, cfg.run_dir, corpus
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """What rollouts say: rewards, verdicts, lengths, and why replies and groups were dropped."""
@@ -1388,15 +1420,16 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
+    drops = Counter(f"eval_drop/{group.drop_reason}" for group in groups if group.drop_reason)
     rewards = []
     for group in kept(groups):
         scores = [c.score for c in group.completions if c.score is not None]
         if scores:
             rewards.append(np.mean(scores))
     if len(rewards) < 2:
-        return {}
+        return dict(drops)
     error = np.std(rewards, ddof=1) / math.sqrt(len(rewards))
-    return dict(eval_reward=float(np.mean(rewards)), eval_reward_se=float(error),
+    return dict(drops, eval_reward=float(np.mean(rewards)), eval_reward_se=float(error),
                 eval_finished=rollout_metrics(groups)["finished"])
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -1493,7 +1526,10 @@ def main(cfg: Config) -> None:
     if cfg.judge_url:
         from assets.endpoint import Endpoint
         judge = Endpoint(cfg.judge_url, cfg.judge_model, gather)    # exits if it does not answer
-    found = [start_run(cfg) if RANK == 0 else None]
+    found: list[Any] = [None]
+    if RANK == 0:    # what cannot work ends here, with one line
+        check_run(cfg)
+        found = [(resolve_model(cfg.model), cfg.run_dir, load_corpus(cfg))]
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
@@ -1506,6 +1542,9 @@ def main(cfg: Config) -> None:
     optimizer = make_optimizer(model, cfg)
     engine.wake()
     engine.check_weights(model)
+    if RANK == 0:
+        start_run(cfg)
+    gather(None)    # no rank looks into the folder before it is there
     judge = judge or engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
     held_out, measured = [], []
@@ -1525,20 +1564,20 @@ def main(cfg: Config) -> None:
                 measured = deepcopy(held_out)
                 engine.load_weights(model, "policy")
                 sample_answers(engine, measured, cfg)
-                engine.load_weights(model, "base")    # a fixed judge, whatever --judge_weights
+                engine.load_weights(model, "base")
                 score_answers(judge, measured, cfg)
             metrics |= held_out_metrics(measured)
         if step == cfg.num_steps:
             break
 
-        # ---- rollouts: tasks, rubrics, verdicts (--judge_weights) and answers (`answering`) ----
+        # ---- rollouts: the base model writes tasks and rubrics and judges ----
         with clock(metrics, "tasks"):
             groups = tasks_of_step(engine, model, corpus, step, cfg)
         with clock(metrics, "answer"):
             engine.load_weights(model, answering)
             sample_answers(engine, groups, cfg)
         with clock(metrics, "judge"):
-            engine.load_weights(model, cfg.judge_weights)
+            engine.load_weights(model, "base")
             write_rubrics(engine, groups, cfg)    # those that had to wait for the answers
             score_answers(judge, groups, cfg)
 
@@ -1588,13 +1627,16 @@ def main(cfg: Config) -> None:
 
     if measured and RANK == 0:    # the last policy's: a line of its own
         log_step(run_dir, metrics, measured, cfg)
-    if WORLD > 1:
+    engine.close()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 if __name__ == "__main__":
     # Intel's OpenMP is faster on CPU. It must be loaded before Python starts: start over once.
+    # LD_PRELOAD is split at spaces and colons, so a path with one of them cannot be in it.
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if not torch.cuda.is_available() and openmp.exists() and "LD_PRELOAD" not in os.environ:
+    usable = openmp.exists() and not re.search(r"[\s:]", str(openmp))
+    if usable and not torch.cuda.is_available() and "LD_PRELOAD" not in os.environ:
         os.environ["LD_PRELOAD"] = str(openmp)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     main(parse_args())

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -96,7 +97,7 @@ class FakeEngine(pop.Engine):
         else:
             turn = request.messages[-1]["content"]
             quality = re.search(r"quality (\d)", turn.rpartition("<answer>")[2])
-            if request.next_tokens:    # Yes, No
+            if request.next_words:    # Yes, No
                 p = {"1": (0.48, 0.48), "2": (0.98, 0.01)}[quality[1]] if quality else (0.05, 0.04)
                 text, logprobs = "", [math.log(x) for x in p]
             else:
@@ -116,6 +117,9 @@ class FakeEngine(pop.Engine):
 
     def check_weights(self, model):
         self.calls.append("check")
+
+    def close(self):
+        self.calls.append("close")
 
 
 @pytest.fixture(scope="module")
@@ -263,16 +267,16 @@ def test_flags_that_would_do_nothing(capsys):
     # a flag is silently ignored, alone or beside another: the user believes that it worked
     for line, names in (
             ("--resume", "run_dir"), ("--max_new_tokens 5000", "max_model_len"),
-            ("--max_model_len 1000", "max_new_tokens"), ("--judge_weights policy --task_steps 4", "task_steps"),
-            ("--judge_weights policy --loss dpo", "loss == 'pg'"), ("--preset paper --ratio_cap 3", "loss == 'pg'"),
+            ("--max_model_len 1000", "max_new_tokens"),
+            ("--preset paper --ratio_cap 3", "loss == 'pg'"),
             ("--advantage rloo --loss dpo", "loss == 'pg'"), ("--dpo_beta 0.1", "loss == 'dpo'"),
             ("--length_gap 50", "loss == 'dpo'"), ("--judge_url http://x/v1", "judge_model"),
-            ("--judge_model m", "judge_url"), ("--preset tiny --judge_url u --judge_model m", "scoring == 'pointwise'"),
+            ("--judge_model m", "judge_url"),
             ("--no_document --eval_every 5", "not no_document"), ("--learning_rat 1", "--learning_rat"),
             ("--beam 4", "--beam"), ("--preset huge", "--preset"), ("--advantage foo", "--advantage"),
             ("--num_steps 1.5", "--num_steps")):
         assert names in fails(capsys, pop.parse_args, line.split()), line
-    for line in ("--resume --run_dir x", "--judge_weights policy --task_steps 1", "--loss dpo --dpo_beta 1",
+    for line in ("--resume --run_dir x", "--loss dpo --dpo_beta 1",
                  "--judge_url u --judge_model m", "--preset paper --loss pg --advantage rloo"):
         assert pop.parse_args(line.split())
 
@@ -288,16 +292,16 @@ def test_presets_and_derived_values():
             ("--lora_rank 0", dict(learning_rate=1e-6)), ("--preset tiny --lora_rank 0", dict(learning_rate=1e-6)),
             ("--num_steps 70 --lr_schedule cosine", dict(warmup_steps=7)),
             ("--lr_schedule cosine --warmup_steps 3", dict(warmup_steps=3)),
-            ("--judge_weights policy", dict(task_steps=1)), ("--task_steps 3", dict(task_steps=3)),
+            ("--task_steps 3", dict(task_steps=3)),
             ("--preset paper --loss pg", dict(loss="pg", answer_form="tagged"))):
         cfg = pop.parse_args(flags.split())
         assert {name: getattr(cfg, name) for name in expected} == expected, flags
     run_dir = pop.parse_args(["--model", "hub/Some-Model", "--domain", "health"]).run_dir
     assert re.fullmatch(r"runs/health-Some-Model-\d{8}-\d{6}", run_dir)
-    for domain, shown in (("general", 11), ("health", 11), ("writing", 4)):    # the numbers of the paper
+    for domain, shown, steps in (("general", 11, 256), ("health", 11, 256), ("writing", 4, 512)):    # as published
         argv = ["--preset", "paper", "--domain", domain]
         paper = dict(loss="dpo", dpo_beta=0.01, length_gap=100, lora_rank=0, learning_rate=1e-6, lr_schedule="cosine",
-                     warmup_steps=20, docs_per_step=16, num_generations=32, temperature=1.0, max_doc_words=1024,
+                     num_steps=steps, warmup_steps=steps // 10, docs_per_step=16, num_generations=32, temperature=1.0, max_doc_words=1024,
                      max_new_tokens=6144, answer_form="tagged", scoring="pointwise", rubric_candidates=shown)
         assert {name: getattr(pop.parse_args(argv), name) for name in paper} == paper
         assert pop.parse_args([*argv, "--rubric_candidates", "7"]).rubric_candidates == 7
@@ -341,11 +345,11 @@ def test_corpus_formats(make_cfg, tmp_path):
 def test_hub_datasets(make_cfg, monkeypatch, capsys):
     # a hub dataset is read beyond what is needed, its column is not found, or a lost connection is a traceback
     import datasets
-    asked, read = [], []
+    asked, read, texts = [], [], [f"document{i} {GOOD}" for i in range(1100)]
 
     def hub(column, error=None):
         def rows(seed, buffer_size):
-            for text in documents():
+            for text in texts:
                 read.append(text)
                 yield {"id": 1, column: text}
             if error is not None:
@@ -357,7 +361,7 @@ def test_hub_datasets(make_cfg, monkeypatch, capsys):
     for domain in DOMAINS:
         cfg = dataclasses.replace(make_cfg(domain=domain, num_steps=2), corpus=None)
         read.clear()
-        assert pop.load_corpus(cfg) == documents()[:4] == read
+        assert pop.load_corpus(cfg) == texts[:4] and len(read) == 1000    # among which it looks for the column
         name, revision = pop.CORPORA[domain]
         assert asked[-1] == dict(path=name, revision=revision, split="train", streaming=True)
         pop.load_corpus(dataclasses.replace(cfg, corpus="some/set"))
@@ -367,7 +371,7 @@ def test_hub_datasets(make_cfg, monkeypatch, capsys):
     assert "--corpus some/set" in line and "prose" in line and "description" in line
     for error in (ConnectionError("Server Disconnected\nand more"), RuntimeError("generator raised StopIteration")):
         hub("text", error)
-        assert str(error).splitlines()[0] in fails(capsys, pop.load_corpus, make_cfg(corpus="some/set", num_steps=30))
+        assert str(error).splitlines()[0] in fails(capsys, pop.load_corpus, make_cfg(corpus="some/set", num_steps=600))
         assert len(pop.load_corpus(make_cfg(corpus="some/set", num_steps=2))) == 4    # it never came so far
 
 
@@ -396,7 +400,7 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
             (".txt", b"x" * 2_000_000 + b"\n\n" + good, [GOOD]), (".txt", b"caf\xe9 " + good, ["caf\ufffd " + GOOD]),
             (".jsonl", b"", None), (".txt", b"", None), (".parquet", b"", None), (".jsonl", noise, None),
             (".parquet", noise, None), (".jsonl", b'{"text": "cut o\n' + row, None), (".txt", b"few words", None),
-            (".jsonl", b'{"text": "\\ud800"}\n' + row, None), (".jsonl", b'{"prose": "a"}\n', None)):
+            (".jsonl", b'{"text": "\\ud800"}\n' + row, [GOOD]), (".jsonl", b'{"prose": "a"}\n', None)):
         (tmp_path / f"c{suffix}").write_bytes(content)
         cfg = make_cfg(corpus=tmp_path / f"c{suffix}")
         if usable is not None:
@@ -409,6 +413,48 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
     assert "--corpus" in fails(capsys, pop.load_corpus, make_cfg(corpus=tmp_path / "nothing.jsonl"))
     assert "more than one" in fails(capsys, pop.load_corpus, make_cfg(corpus=tmp_path))    # which are the documents?
     assert "12 documents" in fails(capsys, pop.load_corpus, make_cfg(num_steps=50, eval_every=1, eval_docs=12))
+
+
+def test_columns(make_cfg, tmp_path, capsys):
+    # cases 10 and 13: documents come from another column than the text's, or a column that is not used stops the run
+    import pyarrow
+    import pyarrow.parquet
+    texts = [None if i % 5 == 0 else f"text{i} {GOOD}" for i in range(50)]    # also in the first row
+    rows = [dict(text=text, description=f"other {GOOD}", extra=i) for i, text in enumerate(texts)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for i, row in enumerate(rows):
+        row["extra"] = [i, str(i), [i], dict(a=i), None][i % 5]
+        if i % 10 == 0:
+            del row["text"]
+    (tmp_path / "c.jsonl").write_text("\n".join(["\ufeff" + json.dumps(rows[0]), "", *map(json.dumps, rows[1:])]))
+    for name in ("c.parquet", "c.jsonl"):
+        found = pop.load_corpus(make_cfg(corpus=tmp_path / name, num_steps=99))
+        assert sorted(found) == sorted(text for text in texts if text), name
+        left_out = 10 if name == "c.parquet" else 11    # the blank line
+        assert f"column text: 40 documents, left out {{'without text': {left_out}}}" in capsys.readouterr().out
+    for line in ("[1, 2]", '"text"', "7", "{text}"):
+        (tmp_path / "d.jsonl").write_text(json.dumps(rows[1]) + "\n" + line + "\n")
+        assert line in fails(capsys, pop.load_corpus, make_cfg(corpus=tmp_path / "d.jsonl", num_steps=99))
+
+
+def test_scripts_without_spaces_and_words_without_end(make_cfg, tmp_path):
+    # cases 11 and 12: a Chinese, Japanese or Thai text counts as a few words, or a "word" of base64 fills the prompt
+    chinese = "铸铁锅上的一层油可以防止生锈，也能让食物不粘锅。把油薄薄地涂在锅上，放进烤箱烤一个小时，再让它慢慢冷却。以后不要把锅泡在水里。"
+    japanese = "鉄のフライパンに塗った油の層は、錆を防ぎ、食べ物がくっつかないようにします。薄く油を塗って、一時間焼いてください。水に浸けないこと。"
+    thai = "ชั้นน้ำมันที่อบติดบนกระทะเหล็กหล่อช่วยป้องกันสนิมและไม่ให้อาหารติดกระทะ ทาน้ำมันบางๆ แล้วอบหนึ่งชั่วโมง"
+    blob = random.Random(0).randbytes(150_000).hex()
+    texts = [chinese, japanese, thai, GOOD, f"{GOOD} {blob} end"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    found = pop.load_corpus(make_cfg(corpus=tmp_path / "c.jsonl", max_doc_words=100, num_steps=9))
+    assert sorted(found) == sorted([chinese[:100], japanese[:100], pop.cut_words(thai, 100), GOOD, texts[4][:800]])
+    assert pop.cut_words("锅 上的 pan 油", 4) == "锅 上的 pan" and pop.words("pan上!  x") == ["pan", "上", "!", "x"]
+    # a task that gives its reference away, a task that was there before, and others that only share a subject
+    question = "铸铁锅应该怎样养护才不会生锈？"
+    for task, reference, reason in ((f"为什么{chinese[:24]}？", chinese[:24], "leaks_reference"),
+                                    (question, chinese[:30], None), (question + "请说明。", "涂油。", "duplicate"),
+                                    ("怎样挑选一口适合煎鱼的平底锅？", "看锅底。", None)):
+        found = outcome(pop.parse_task, json.dumps(dict(task=task, reference=reference)), seen := [question][:reason == "duplicate"])
+        assert found == ((task, reference) if reason is None else reason), task
 
 
 def test_longer_run_has_the_same_first_documents(make_cfg):
@@ -442,7 +488,8 @@ def test_parse_task():
     for reply, expected in (
             (TASK, PARSED), (f"Sure! Like this:\n```json\n{TASK}\n```\nDone.", PARSED),
             (f"<think>{{\"task\": 1}} hm</think>{TASK}", PARSED), (f"{TASK} <think> so </think> done", "no_json"),
-            ('{"task": "Example.", "reference": "e"}\n' + TASK, "no_json"),    # which of the two?
+            ('{"task": "Example.", "reference": "e"}\n' + TASK, PARSED),    # the last one (case 16)
+            (f"The set {{a, b}} is {{small}}: {TASK} {{sic}}", PARSED),
             ('{"note": {"a": "}"}, ' + TASK[1:], PARSED), ('{"task": "a\nb", "reference": " r\x00 "}', ("a\nb", "r")),
             ('{"task": "\\ud800 x", "reference": "r\ud800"}', ("x", "r")),
             ('{"task": "\\ud83d\\ude00", "reference": "r"}', ("\U0001f600", "r")),
@@ -476,6 +523,27 @@ def test_tasks_that_are_refused():
             ("a b c d", "x A, b; c d.", 1.0), ("a b c d e", "a b c d", 0.5), ("a b c d", "d c b a", 0.0),
             ("a b", "x a b", 0.0), ("a b", "A b!", 1.0), ("a b c d a b c d", "a b c d", 0.25), ("", "a b", 0.0)):
         assert pop.overlap(text, other) == share, text
+
+
+def test_tasks_that_only_name_a_text():
+    # case 14: a task that names some text, but points at none that the reader lacks, is refused
+    for task in ("Which passage of the Constitution protects free speech?", "How do I write an article about bees?",
+                 "What should the text of a wedding invitation say?", "How do I delete a page of a PDF document?",
+                 "What does the text message \"brb\" mean?", "Which article of the treaty forbids torture?",
+                 "How long should the article be that I send to a school newspaper?", "How do I excerpt a long speech?",
+                 "Make this text shorter: \"It is what it is.\"", "Is a will a legal document?",
+                 "Which documents do I need for a visa?", "How does the passage of time change a friendship?",
+                 "What did the article that started the affair say?", "How do I sign the document on my phone?",
+                 "My landlord has not returned the document I gave him. What can I do?"):
+        assert outcome(pop.parse_task, json.dumps(dict(task=task, reference="r"))) == (task, "r"), task
+    for task in ("According to the document, what causes rust?", "What is the main idea of the passage?",
+                 "Summarize the article.", "What does this text say about bees?", "Who wrote this article?",
+                 "Based on the given text, what is a firewall?", "In the passage, why does Ida leave?",
+                 "Which two diseases are described in the text above?", "The passage describes a boy. Who is he?",
+                 "Read the text and answer: why is it red?", "What is this document about?",
+                 "Use the following excerpt to explain rust.", "What did the author of the article mean?",
+                 "Using the provided documents, explain rust.", "What does the text mention first?"):
+        assert outcome(pop.parse_task, json.dumps(dict(task=task, reference="r"))) == "needs_document", task
 
 
 def rubric_reply(*weights, **fields):
@@ -522,9 +590,11 @@ def test_parse_verdict():
             (verdict_reply(facts=2, tone=1, more=1), "extra_forbidden"), (verdict_reply(facts=2, Tone=1), "missing"),
             (verdict_reply(facts=3, tone=1), "less_than_equal"),
             (verdict_reply(facts=1, tone=-1), "greater_than_equal"),
-            *[(verdict_reply(facts=1, tone=r), "int_type") for r in ("1.5", '"2"', "true", "null", "NaN", "[2]")],
+            *[(verdict_reply(facts=1, tone=r), "int_type") for r in ("1.5", '"2/2"', '"two"', "true", "null", "NaN", "[2]")],
             ('{"facts": 2, "tone": 1}', "model_type"), ("", "no_json"),
-            (verdict_reply(facts=0, tone=0) + verdict_reply(facts=1, tone=2), "no_json")):    # two verdicts are none
+            (verdict_reply(facts='"0"', tone='"2"'), [0.0, 2.0]),    # unguided, at an endpoint
+            (verdict_reply(facts=0, tone=0) + verdict_reply(facts=1, tone=2), [1.0, 2.0]),
+            (verdict_reply(facts=1, tone=2) + '{"facts": {"thoughts": "cut', [1.0, 2.0])):
         assert outcome(pop.parse_verdict, reply, RUBRIC) == expected, reply
     for name in ("class", "_x", "__doc__", "$ref", 'a"b', "items", "1"):    # names of Python and of JSON schema
         rubric = [Criterion(name=name, gold="g", description="d", weight=1)]
@@ -577,7 +647,7 @@ def test_who_sees_what(make_cfg):
     usual = dict(proposer="DOCUMENT", rubric="DOCUMENT TASK REFERENCE", solver="TASK", judge="TASK GOLD ANSWER")
     for flags, change in ((dict(), {}), (dict(answer_form="tagged"), {}),
                           (dict(scoring="expected"), dict(judge="GOLD ANSWER")),
-                          (dict(no_document_in_rubric=True), dict(rubric="TASK REFERENCE")),
+                          (dict(no_document_in_rubric=True), dict(rubric="TASK")),
                           (dict(no_document=True), dict(proposer="", rubric="TASK REFERENCE")),
                           (dict(rubric_candidates=3), dict(rubric="DOCUMENT TASK REFERENCE CANDIDATE"))):
         cfg = make_cfg(**dict(scoring="pointwise") | flags)
@@ -628,7 +698,7 @@ def test_worked_examples(make_cfg, monkeypatch):
     limits = Criterion.model_json_schema()["properties"]
     for domain in DOMAINS:
         cfg, own = make_cfg(domain=domain, rubric_candidates=1), pop.DOMAINS[domain]
-        rubric_chat = pop.rubric_prompt(Group("d", task="t", reference="r"), "d", "c", cfg)
+        rubric_chat = pop.rubric_prompt(Group("d", task="t", reference="r"), "c", cfg)
         chats = [pop.proposer_prompt("d", cfg), rubric_chat, pop.judge_prompt("t", RUBRIC, "a", cfg)]
         for chat in chats:
             assert [message["role"] for message in chat] == ["user", "assistant", "user"]
@@ -670,7 +740,7 @@ def role_prompts(cfg, **texts):
     rubric = [Criterion(name="n", gold=places["gold"], description="d", weight=1)]
     group = Group(places["document"], task=places["task"], reference=places["reference"])
     return dict(proposer=pop.proposer_prompt(places["document"], cfg), solver=pop.solver_prompt(places["task"], cfg),
-                rubric=pop.rubric_prompt(group, places["document"], places["candidates"], cfg),
+                rubric=pop.rubric_prompt(group, places["candidates"], cfg),
                 judge=pop.judge_prompt(places["task"], rubric, places["answer"], cfg),
                 expected=pop.yes_no_prompt(places["answer"], places["gold"]))
 
@@ -706,7 +776,7 @@ def vllm(monkeypatch):
     def generate(prompts, params, use_tqdm):
         fake.params, outputs = params, []
         for prompt in prompts:
-            logprobs = [{t: SimpleNamespace(logprob=-t / 10 - place) for t in (7, 8, 9)} for place in (0, 1)]
+            logprobs = [{t: SimpleNamespace(logprob=-t / 10 - place) for t in range(100)} for place in (0, 1)]
             reply = SimpleNamespace(token_ids=(7, 8), text=str(len(prompt["prompt_token_ids"])), finish_reason="stop",
                                     logprobs=logprobs)
             outputs.append(SimpleNamespace(outputs=[reply]))
@@ -750,12 +820,12 @@ def test_engine_samples_each_request(make_cfg, vllm):
     engine = pop.Engine(dataclasses.replace(make_cfg(), max_model_len=300, max_new_tokens=50))
     chats = [[dict(role="user", content="x" * n)] for n in (10, 400, 20, 30)]
     settings = (dict(max_tokens=50, temperature=0.7, seed=3, logprobs=True), dict(max_tokens=50),
-                dict(max_tokens=1, next_tokens=[9, 8]), dict(max_tokens=9, schema=dict(type="object")))
+                dict(max_tokens=1, next_words=["Yes", "No"]), dict(max_tokens=9, schema=dict(type="object")))
     replies = engine.sample([Request(chat, **own) for chat, own in zip(chats, settings, strict=True)], "")
     assert [reply.finish_reason for reply in replies] == ["stop", "too_long", "stop", "stop"]
     assert [reply.text for reply in replies] == [str(len(r.prompt_ids)) if r.token_ids else "" for r in replies]
     assert [len(r.prompt_ids) - len(replies[0].prompt_ids) for r in replies] == [0, 390, 10, 20]
-    assert [r.engine_logprobs for r in replies] == [[-0.7, -1.8], [], [-0.9, -0.8], []]
+    assert [r.engine_logprobs for r in replies] == [[-0.7, -1.8], [], [-5.6, -4.5], []]    # "Y" is 56
     assert [(p.max_tokens, p.temperature, p.seed) for p in vllm.params] == [(50, 0.7, 3), (1, 0.0, 0), (9, 0.0, 0)]
     assert [p.structured_outputs for p in vllm.params] == [None, None, dict(type="object")]
     assert not any(hasattr(p, "top_p") or hasattr(p, "top_k") for p in vllm.params)
@@ -860,8 +930,7 @@ def test_expected_scores(make_cfg):
     assert [c.ratings if c.ratings is None else pytest.approx(c.ratings) for c in group.completions] == expected
     assert [c.score for c in group.completions] == [pytest.approx(5 / 8), pytest.approx(36 / 88), 0.0, None, None]
     assert group.failures == ["judge/no_yes_or_no"] * 2 and engine.calls == [("judge", 8)]
-    first = [engine.tokenizer.encode(word)[0] for word in ("Yes", "No")]
-    assert all((r.next_tokens, r.max_tokens, r.temperature) == (first, 1, 0.0) for _, r in engine.asked)
+    assert all((r.next_words, r.max_tokens, r.temperature) == (["Yes", "No"], 1, 0.0) for _, r in engine.asked)
 
 
 def test_replies_are_asked_for_again(make_cfg):
@@ -966,7 +1035,7 @@ def test_dropped_groups_stay_in_the_file(make_cfg):
 
 def test_held_out_tasks(make_cfg):
     # held-out documents are trained on, change with the policy, or come back as training tasks
-    cfg = make_cfg(eval_every=1, eval_docs=2, judge_weights="policy")
+    cfg = make_cfg(eval_every=1, eval_docs=2)
     held = iter(["Why is the sky so blue at noon?"])
 
     def say(request, role):
@@ -977,7 +1046,7 @@ def test_held_out_tasks(make_cfg):
     assert [g.document for g in groups] == corpus[:2] and all(g.step == pop.HELD_OUT and g.rubric for g in groups)
     training = pop.tasks_of_step(engine, None, corpus, 0, cfg)
     assert [g.document for g in training] == corpus[2:4] and {g.drop_reason for g in training} == {"proposer/duplicate"}
-    assert engine.calls[:5] == ["base", ("proposer", 2), ("rubric", 2), "policy", ("proposer", 2)]
+    assert engine.calls[:5] == ["base", ("proposer", 2), ("rubric", 2), "base", ("proposer", 6)]
     assert sorted(path.name for path in folder.iterdir()) == ["held_out.jsonl", "step_000000.jsonl"]
     calls = list(engine.calls)
     assert pop.tasks_of_step(engine, None, corpus, pop.HELD_OUT, cfg) == groups and engine.calls == calls
@@ -1004,7 +1073,7 @@ def test_two_runs_on_the_same_tasks(make_cfg, tmp_path, capsys):
     for flags, words in ((dict(tasks=tmp_path / "nowhere"), "--tasks"),
                          (dict(tasks=tmp_path / "t"), "edited.jsonl line 7"),
                          (dict(tasks=file.parent, eval_every=1, eval_docs=2), "--eval_every 1")):
-        assert words in fails(capsys, pop.start_run, make_cfg(run_dir=tmp_path / "e", **flags))
+        assert words in fails(capsys, pop.check_run, make_cfg(run_dir=tmp_path / "e", **flags))
     assert not (tmp_path / "e").exists()
 
 
@@ -1288,6 +1357,21 @@ def test_checkpoints_load_in_other_programs(make_model, tiny_policy, tmp_path):
         assert AutoTokenizer.from_pretrained(folder).encode("a<|im_end|>")[-1] == EOS
 
 
+def test_openmp_in_a_path_that_cannot_be_preloaded(monkeypatch, tmp_path):
+    # case 25: LD_PRELOAD is split at spaces and colons, so that each process complains about two halves of the path
+    monkeypatch.setattr(sys, "argv", ["pop.py", "--no_such_flag"])
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(os, "execv", lambda *args: pytest.fail("started over"))
+    for name, starts_over in (("my venv", False), ("a:b", False), ("venv", True)):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "lib" / "libiomp5.so").touch()
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / name))
+        for program in ("pop.py", "eval.py"):
+            with pytest.raises(pytest.fail.Exception if starts_over else SystemExit):
+                runpy.run_path(str(REPO / program), run_name="__main__")
+            monkeypatch.delenv("LD_PRELOAD", raising=False)
+
+
 def test_no_dropout(make_cfg, tiny_policy, tmp_path):
     # the trained policy is not the one that was sampled from, checkpointed or not
     model_folder = tmp_path / "model"
@@ -1549,18 +1633,24 @@ def no_sync(monkeypatch):
 
 
 class SleepingEngine(FakeEngine):
-    """On a stand-in for a GPU: vLLM's calls and those of the trainer, in order, in `calls`."""
+    """The real Engine around a stand-in for vLLM on a GPU. `calls` has vLLM's calls and the trainer's, in order."""
 
-    load_weights = pop.Engine.load_weights
+    load_weights, close, really_start = pop.Engine.load_weights, pop.Engine.close, pop.Engine.__init__
 
     def __init__(self, cfg):
-        super().__init__(cfg)
-        self.on_gpu, log = True, self.calls.append
-        self.llm = SimpleNamespace(
-            sleep=lambda level: log(f"sleep {level}"), wake_up=lambda tags: log(f"wake {tags}"),
-            collective_rpc=self.reload, apply_model=lambda function: None,
-            reset_prefix_cache=lambda: log("reset") or True)
-        log("engine")
+        def start(model, **settings):
+            log("engine")
+            self.settings = settings
+            core = SimpleNamespace(shutdown=lambda: log("shutdown"))
+            return SimpleNamespace(
+                sleep=lambda level: log(f"sleep {level}"), wake_up=lambda tags: log(f"wake {tags}"),
+                collective_rpc=self.reload, apply_model=lambda function: None,
+                reset_prefix_cache=lambda: log("reset") or True, llm_engine=SimpleNamespace(engine_core=core))
+        self.calls = []
+        log, FakeEngine.last = self.calls.append, self
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+            self.really_start(cfg)
 
     def reload(self, name, kwargs):
         layer = dict(kwargs["weights_iterator"])["model.layers.0.mlp.up_proj.weight"]
@@ -1572,13 +1662,25 @@ class SleepingEngine(FakeEngine):
 
 
 def test_engine_and_trainer_take_turns(make_cfg, monkeypatch):
-    # the trainer works beside an engine that is awake, the KV cache wakes before a reload or keeps old weights' blocks
-    load, step = pop.load_policy, pop.optimizer_step
+    # the trainer works beside an engine that is awake, the KV cache wakes before a reload or keeps old weights' blocks,
+    # or the engine is shut down asleep
+    step = pop.optimizer_step
+
+    def on_the_host(cfg, load=pop.load_policy):    # there is no GPU to hold it
+        FakeEngine.last.calls.append("load")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            return load(cfg)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 8 << 30))
     monkeypatch.setattr(pop, "Engine", SleepingEngine)
-    monkeypatch.setattr(pop, "load_policy", lambda cfg: FakeEngine.last.calls.append("load") or load(cfg))
+    monkeypatch.setattr(pop, "load_policy", on_the_host)
     monkeypatch.setattr(pop, "optimizer_step", lambda *args: FakeEngine.last.calls.append("update") or step(*args))
-    pop.main(make_cfg(num_steps=2, learning_rate=0.01))
-    calls = FakeEngine.last.calls
+    cfg = make_cfg(num_steps=2, learning_rate=0.01)
+    pop.main(cfg)
+    calls, settings = FakeEngine.last.calls, FakeEngine.last.settings
     reloads = [call.split()[1] for call in calls if call.startswith("reload_weights")]
     base, policy = reloads[0], reloads[2]
     assert reloads == [base, base, policy, base] and base != policy    # the first policy is the base model
@@ -1586,14 +1688,51 @@ def test_engine_and_trainer_take_turns(make_cfg, monkeypatch):
     reload = [*wake, "reload_weights", *cache, "check"]
     rollouts = [*reload, "solver", *reload, "judge", "sleep 1", "update"]
     assert [call.split()[0] if "reload" in call else call for call in calls] == [
-        "engine", "sleep 1", "load", "wake None", "check", *wake, *cache, "proposer", "rubric", *rollouts, *rollouts]
+        "engine", "sleep 1", "load", "wake None", "check", *wake, *cache, "proposer", "rubric", *rollouts, *rollouts,
+        "wake None", "shutdown"]
+    assert settings["enable_sleep_mode"] and settings["max_num_seqs"] == 256 and not settings["enforce_eager"]
+    metrics = read_lines(Path(cfg.run_dir) / "metrics.jsonl")
+    assert [m["peak_memory_gb"] for m in metrics] == [5.0, 5.0]    # 2b: all that is not free
+
+
+def test_backends_of_several_gpus(make_cfg, monkeypatch):
+    # 2a: with offloaded optimizers the gradients on the host are clipped by a group that has no CPU backend
+    class Started(Exception):
+        pass
+
+    def init(backend, **options):
+        backends.append(backend)
+        raise Started
+    backends = []
+    monkeypatch.setattr(pop, "WORLD", 2)
+    monkeypatch.setattr(pop.dist, "init_process_group", init)
+    for cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        with pytest.raises(Started):
+            pop.main(make_cfg())
+    assert backends == ["cpu:gloo,cuda:nccl", "gloo"]
+
+
+def test_threads_of_the_update(make_model, monkeypatch):
+    # 2d: vLLM leaves one thread, and AdamW on the host takes a minute; or sampling gets the update's threads
+    cfg, model = make_model(offload_optimizer=True)
+    optimizer, seen = pop.make_optimizer(model, cfg), []
+    for p in pop.trainable(model):
+        p.main_grad = torch.ones_like(p)
+    monkeypatch.setattr(pop, "CPU_THREADS", 3)
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    pop.optimizer_step(model, optimizer)
+    assert seen == [3] and torch.get_num_threads() == before == 1
 
 
 TRAINED = {"step", "groups", "groups_kept", "reward_mean", "answer_tokens", "criterion_pass", "judge_ties",
            "finished", "loss", "grad_norm", "learning_rate", "peak_memory_gb", "seconds/tasks", "seconds/answer",
            "seconds/judge", "seconds/update"}
 OF_LOSS = {"pg": {"entropy", "engine_gap", "engine_k3", "ratio_clipped"}, "dpo": {"dpo_accuracy", "dpo_margin"}}
-COUNTS = re.compile(r"score_length_corr|(drop|parse_fail)/\w+(/\w+)?")    # not in every step
+COUNTS = re.compile(r"score_length_corr|(drop|eval_drop|parse_fail)/\w+(/\w+)?")    # not in every step
 MEASURED = {"eval_reward", "eval_reward_se", "eval_finished", "seconds/eval"}
 
 
@@ -1609,7 +1748,7 @@ def test_main(make_cfg, monkeypatch, tmp_path):
         cfg = make_cfg(num_steps=3, scoring=scoring, save_every=2, task_steps=2, run_dir=run)
         pop.main(cfg)
         roles = ["policy", "base"]
-        assert FakeEngine.last.calls == ["check", "base", *roles, *roles, "base", *roles]
+        assert FakeEngine.last.calls == ["check", "base", *roles, *roles, "base", *roles, "close"]
         logged = json.loads((run / "config.json").read_text())
         assert {name: logged[name] for name in dataclasses.asdict(cfg)} == dataclasses.asdict(cfg)
         assert sorted(path.name for path in (run / "tasks").iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
@@ -1645,32 +1784,52 @@ def test_main(make_cfg, monkeypatch, tmp_path):
 def test_held_out(make_cfg, monkeypatch, tmp_path):
     # held-out tasks are trained on, change, or meet old weights or a drifting judge; a wrong mean; the last is left out
     monkeypatch.setattr(pop, "Engine", FakeEngine)
-    for judge in ("base", "policy"):
-        run = tmp_path / judge
-        pop.main(make_cfg(num_steps=3, eval_every=2, eval_docs=3, judge_weights=judge, run_dir=run))
-        measure, train = ["policy", "base"], ["policy", judge]
-        tasks = [["base"], [], []] if judge == "base" else [["policy"]] * 3
-        assert FakeEngine.last.calls == ["check", "base", *measure, *tasks[0], *train, *tasks[1], *train,
-                                         *measure, *tasks[2], *train, *measure]
-        metrics, trained = read_lines(run / "metrics.jsonl"), TRAINED | OF_LOSS["pg"]
-        assert [keys(m) for m in metrics] == [trained | MEASURED, trained, trained | MEASURED,
-                                              {"step", "seconds/save"} | MEASURED]
-        rows = [read_lines(file) for file in sorted((run / "rollouts").iterdir())]
-        held_out = [[row for row in step if row["step"] == pop.HELD_OUT] for step in rows]
-        assert [len(step) for step in rows] == [5, 2, 5, 3] and [len(step) for step in held_out] == [3, 0, 3, 3]
-        documents_trained = {row["document"] for step in rows for row in step if row["step"] != pop.HELD_OUT}
-        assert len(documents_trained) == 6 and not documents_trained & {row["document"] for row in held_out[0]}
-        tasks = read_lines(run / "tasks" / "held_out.jsonl")
-        texts = [[c["text"] for c in row["completions"]] for row in held_out[0]]
-        for m, step in zip(metrics, held_out, strict=True):
-            if not step:
-                continue
-            assert [(row["task"], row["rubric"]) for row in step] == [(task["task"], task["rubric"]) for task in tasks]
-            assert [[c["text"] for c in row["completions"]] for row in step] == texts    # the same seeds
-            assert all(c["advantage"] == 0 for row in step for c in row["completions"])
-            means = [np.mean([c["score"] for c in row["completions"] if c["score"] is not None]) for row in step]
-            assert m["eval_reward"] == pytest.approx(np.mean(means)) and m["eval_finished"] == 9 / 12
-            assert m["eval_reward_se"] == pytest.approx(np.std(means, ddof=1) / 3 ** 0.5)
+    run = tmp_path / "run"
+    pop.main(make_cfg(num_steps=3, eval_every=2, eval_docs=3, run_dir=run))
+    measure = train = ["policy", "base"]
+    assert FakeEngine.last.calls == ["check", "base", *measure, "base", *train, *train, *measure, *train, *measure, "close"]
+    metrics, trained = read_lines(run / "metrics.jsonl"), TRAINED | OF_LOSS["pg"]
+    assert [keys(m) for m in metrics] == [trained | MEASURED, trained, trained | MEASURED,
+                                          {"step", "seconds/save"} | MEASURED]
+    rows = [read_lines(file) for file in sorted((run / "rollouts").iterdir())]
+    held_out = [[row for row in step if row["step"] == pop.HELD_OUT] for step in rows]
+    assert [len(step) for step in rows] == [5, 2, 5, 3] and [len(step) for step in held_out] == [3, 0, 3, 3]
+    documents_trained = {row["document"] for step in rows for row in step if row["step"] != pop.HELD_OUT}
+    assert len(documents_trained) == 6 and not documents_trained & {row["document"] for row in held_out[0]}
+    tasks = read_lines(run / "tasks" / "held_out.jsonl")
+    texts = [[c["text"] for c in row["completions"]] for row in held_out[0]]
+    for m, step in zip(metrics, held_out, strict=True):
+        if not step:
+            continue
+        assert [(row["task"], row["rubric"]) for row in step] == [(task["task"], task["rubric"]) for task in tasks]
+        assert [[c["text"] for c in row["completions"]] for row in step] == texts    # the same seeds
+        assert all(c["advantage"] == 0 for row in step for c in row["completions"])
+        means = [np.mean([c["score"] for c in row["completions"] if c["score"] is not None]) for row in step]
+        assert m["eval_reward"] == pytest.approx(np.mean(means)) and m["eval_finished"] == 9 / 12
+        assert m["eval_reward_se"] == pytest.approx(np.std(means, ddof=1) / 3 ** 0.5)
+
+
+def test_held_out_tasks_that_do_not_fit(make_cfg, monkeypatch, tmp_path):
+    # case 26: a held-out prompt that is too long counts as a drop of training, or its measure holds training's keys
+    class Short(FakeEngine):
+        def reply(self, i, request, role):
+            reply = super().reply(i, request, role)
+            if role == "solver" and request.messages[0]["content"] in too_long:
+                reply.finish_reason, reply.token_ids = "too_long", []
+            return reply
+    monkeypatch.setattr(pop, "Engine", Short)
+    sample, too_long = pop.sample_answers, set()
+
+    def held_out_first(engine, groups, cfg):
+        if groups[0].step == pop.HELD_OUT:
+            too_long.add(pop.solver_prompt(groups[0].task, cfg)[0]["content"])
+        sample(engine, groups, cfg)
+    monkeypatch.setattr(pop, "sample_answers", held_out_first)
+    pop.main(make_cfg(num_steps=1, eval_every=1, eval_docs=3))
+    first, last = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["eval_drop/solver/too_long"] == last["eval_drop/solver/too_long"] == 1
+    assert keys(last) == {"step", "seconds/save"} | MEASURED
+    assert first["groups_kept"] == 2 and not any(key.startswith("drop/") for key in [*first, *last])
 
 
 class WatchedEngine(FakeEngine):
@@ -1703,7 +1862,7 @@ def test_as_in_the_paper(make_cfg, monkeypatch, tmp_path):
     prompts, solver = WatchedEngine.prompts, ["solver"] * 5    # one never closes its tags: five rounds
     measure, train = ["policy", *solver, "base", "judge"], ["base", *solver, "base", "rubric", "judge"]
     assert FakeEngine.last.calls == ["check", "base", "proposer", "rubric", *measure, "base", "proposer", *train,
-                                     *measure, *train, *measure]
+                                     *measure, *train, *measure, "close"]
     assert ["Candidate 2: quality" in prompt for prompt in prompts["rubric"]] == [False] * 2 + [True] * 8
     assert all("<answer>" in prompt for prompt in prompts["solver"])
     assert not any(row["rubric"] for row in read_lines(run / "tasks" / "step_000000.jsonl"))
@@ -1773,7 +1932,7 @@ def test_resume_equals_an_unbroken_run(make_cfg, monkeypatch, tmp_path):
     monkeypatch.setattr(pop, "Engine", FakeEngine)
     always = dict(learning_rate=0.01, warmup_steps=3, save_every=2, task_steps=2)
     for flags in (dict(eval_every=2, eval_docs=2), dict(lora_rank=0),
-                  dict(loss="dpo", lr_schedule="cosine"), dict(judge_weights="policy", task_steps=1)):
+                  dict(loss="dpo", lr_schedule="cosine"), dict(task_steps=1)):
         whole, parts = tmp_path / f"{list(flags)[0]}_whole", tmp_path / f"{list(flags)[0]}_parts"
         for run, *runs in ((whole, dict(num_steps=4)), (parts, dict(num_steps=2), dict(num_steps=4, resume=True))):
             for more in runs:
@@ -2797,6 +2956,30 @@ def test_a_real_evaluation(tmp_path):
     assert answers(model) != answers(base) and len(result["rows"]) == 3
     for row in result["rows"]:    # unfinished ones are worth 0
         assert row["model"]["finish_reason"] == "stop" or row["model"]["points"] == [0.0]
+
+
+def test_expected_at_an_endpoint(make_cfg):
+    # an endpoint's log-probs go to the wrong word or criterion, or a verdict is made up from one word of the two
+    from assets.endpoint import Endpoint
+    p = {"It is red.": {"Yes": 0.6, "No": 0.2, "Maybe": 0.1}, "It is calm.": {"No": 0.3, " Yes": 0.3, "Yes": 0.1}}
+    asked = []
+
+    def create(**options):
+        asked.append(options)
+        gold = re.search(r"<statement>\n(.*)\n", options["messages"][-1]["content"])[1]
+        words = [SimpleNamespace(token=token, logprob=math.log(q)) for token, q in p[gold].items()]
+        token = SimpleNamespace(top_logprobs=words)
+        return SimpleNamespace(choices=[SimpleNamespace(
+            message=SimpleNamespace(content="Yes"), finish_reason="length", logprobs=SimpleNamespace(content=[token]))])
+    judge = Endpoint.__new__(Endpoint)    # without the hello
+    judge.client, judge.model = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create))), "m"
+    judge.gather = lambda value: [value]
+    for expected, failures in (([1.5, 0.5], []), (None, ["judge/no_yes_or_no"])):
+        group = Group("d", step=0, rubric=RUBRIC, completions=answers_of("a"))
+        pop.score_answers(judge, [group], make_cfg())
+        assert group.completions[0].ratings == (expected and pytest.approx(expected)) and group.failures == failures
+        p["It is red."].pop("No", None)
+    assert all((o["logprobs"], o["top_logprobs"], o["max_completion_tokens"]) == (True, 20, 1) for o in asked)
 
 
 NO_COMPLETION = dict(error=SimpleNamespace(choices=None), page="<html>", empty=SimpleNamespace(choices=[]),

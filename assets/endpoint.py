@@ -24,7 +24,7 @@ class Endpoint:
         self.model = model
         self.gather = gather
         hello = SimpleNamespace(messages=[dict(role="user", content="Hello")], temperature=0.0,
-                                seed=0, max_tokens=9, schema=dict(type="object"))
+                                seed=0, max_tokens=9, schema=None, next_words=None)
         reply = self.complete(hello)
         if reply.finish_reason == "endpoint":
             reason = " ".join(reply.text.split())
@@ -41,17 +41,32 @@ class Endpoint:
         return self.gather(replies)[0]
 
     def complete(self, request: Any) -> SimpleNamespace:
-        """What fails 5 times comes back with finish_reason "endpoint" and the error as its text."""
-        schema = dict(name="reply", schema=request.schema)
+        """What fails 5 times comes back with finish_reason "endpoint" and the error as its text.
+
+        engine_logprobs: of request.next_words as the first token, or [] if not all of them are
+        among the 20 likeliest tokens, which is as far as an endpoint tells.
+        """
+        options = {}
+        if request.schema:
+            schema = dict(name="reply", schema=request.schema)
+            options["response_format"] = dict(type="json_schema", json_schema=schema)
+        if request.next_words:
+            options |= dict(logprobs=True, top_logprobs=20)
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=request.messages, temperature=request.temperature,
-                seed=request.seed, max_completion_tokens=request.max_tokens,
-                response_format=dict(type="json_schema", json_schema=schema))
+                seed=request.seed, max_completion_tokens=request.max_tokens, **options)
             choice = response.choices[0]
-            return SimpleNamespace(text=choice.message.content or "",
+            logprobs = []
+            if request.next_words:
+                likeliest = choice.logprobs.content[0].top_logprobs
+                found = {candidate.token: candidate.logprob for candidate in likeliest}
+                if set(request.next_words) <= set(found):
+                    logprobs = [found[word] for word in request.next_words]
+            return SimpleNamespace(text=choice.message.content or "", engine_logprobs=logprobs,
                                    finish_reason=choice.finish_reason)
         except openai.OpenAIError as error:
-            return SimpleNamespace(text=str(error), finish_reason="endpoint")
+            reason = str(error)
         except (AttributeError, IndexError, TypeError) as error:    # status 200, but no completion
-            return SimpleNamespace(text=f"not a completion: {error}", finish_reason="endpoint")
+            reason = f"not a completion: {error}"
+        return SimpleNamespace(text=reason, engine_logprobs=[], finish_reason="endpoint")
