@@ -383,7 +383,8 @@ def start_engine(settings: pop.Config, model: str) -> None:
     ENGINE = pop.Engine(settings)
     if settings.lora_rank > 0:
         ENGINE.sleep()
-        policy = pop.load_policy(settings)
+        with ENGINE.building():
+            policy = pop.load_policy(settings)
         for name, tensor in load_file(Path(model, "adapter_model.safetensors")).items():
             name = name.removeprefix("base_model.model.").removesuffix(".weight")
             policy.get_parameter(name).data.copy_(tensor)

