@@ -742,6 +742,11 @@ class Engine:
 # ---- 7. self-play ----
 HELD_OUT = -1    # the step of a task that nothing is trained on
 
+def check_names(rubric: list[Criterion]) -> list[Criterion]:
+    if len({criterion.name for criterion in rubric}) < len(rubric):
+        raise ValueError("two criteria have one name, so that one verdict would count for both")
+    return rubric
+
 @dataclass
 class Group:
     """One document and all that is made of it. The first block is a line of a task file."""
@@ -752,11 +757,10 @@ class Group:
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
-    rubric: list[Criterion] = field(default_factory=list)
+    rubric: Annotated[list[Criterion], AfterValidator(check_names)] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
-    # not in a task file
-    completions: list[Completion] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)          # not in a task file
 
 GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
 

@@ -2582,7 +2582,7 @@ OWN = ["--benchmark", "own", "--model", "MODEL", "--baseline", "MODEL", "--data"
     ([*WRITING, "--temperature", "0", "--seeds", "2"], "--seeds"),
     ([*WRITING, "--benchmark", "arena_hard", "--seeds", "2"], "--temperature 0"),
     ([*WRITING, "--data", "no.jsonl"], "no.jsonl"), ([*WRITING, "--data", "README.md"], "README.md"),
-    ([*WRITING, "--data", "assets/documents.jsonl"], "format of writingbench"),
+    ([*WRITING, "--data", "assets/documents.jsonl"], "line 1: index: Missing"),
     ([*WRITING, "--data", "/dev/null"], "no prompt"),
     ([*WRITING, "--benchmark", "healthbench"], "hub:openai/healthbench"),    # no network here
     (["judge", "--judge", "MODEL", "--labels", "assets/documents.jsonl"], "criteria_met"),
