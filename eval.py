@@ -36,7 +36,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
-from pydantic_core import from_json
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 from typing_extensions import TypedDict
@@ -244,7 +243,8 @@ class Graded(Reply):
 
 @reads
 def read_writingbench(index: int | str, query: Text, domain1: str,
-                      checklist: Annotated[list[Row], Field(min_length=1)], **_: Any) -> Item:
+                      checklist: Annotated[list[dict[str, str]], Field(min_length=1)],
+                      **_: Any) -> Item:
     criteria = [json.dumps(criterion, ensure_ascii=False) for criterion in checklist]
     return Item(str(index), [user_prompt(query)], theme=domain1, criteria=criteria)
 
@@ -269,7 +269,7 @@ def score_ifeval(item: Item, verdict: Row) -> Points:
     return verdict["prompt_level_strict_acc"]
 
 @reads
-def read_own(prompt: Prompt | None = None, **row: Any) -> Item:
+def read_own(prompt: Prompt = None, **row: Any) -> Item:
     """A line of a task file of pop.py; or {prompt, and if there are, reference and rubric}."""
     if prompt:
         row |= dict(document="", task=as_text(prompt))
@@ -340,8 +340,8 @@ def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[A
             if source.endswith(".json"):
                 lines = map(json.dumps, json.load(lines).values())
             for number, line in enumerate(lines, start=1):
-                if line.strip():    # from_json refuses half a surrogate, which no tokenizer takes
-                    found.append(read(**from_json(line)))
+                if line.strip():
+                    found.append(read(**json.loads(line)))
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         place = f"line {number}" if number else "cannot be read"
