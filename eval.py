@@ -26,8 +26,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -35,12 +35,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from typing_extensions import TypedDict
 
 import pop
+from assets.statistics import agreement, compare, interval
 from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag, limited_text
 
 CUDA = torch.cuda.is_available()
@@ -73,29 +74,43 @@ class EvalConfig:
 Row = dict[str, Any]    # a line of a file, or a reply of a judge
 Points = list[float]    # what one answer is worth; a model's score is the mean over all points
 
-@dataclass(kw_only=True)
+@dataclass
 class Item:
     """One prompt, and what its answers are judged by."""
     id: str
     prompts: list[Messages]    # several: one for each of --seeds, in turn
+    _: KW_ONLY
     theme: str = ""            # results are also given for each theme
     criteria: list[str] = field(default_factory=list)    # the judge is asked about each
     points: Points = field(default_factory=list)         # HealthBench: of criteria that are met
     reference: str = ""                                  # Arena-Hard: the published answer
+    category: str = ""                                   # Arena-Hard: says whose answer that is
     instructions: Row | None = None                      # IFEval: its line
     group: Group | None = None                           # own: task and rubric, as in pop.py
 
 def user_prompt(text: str | Messages) -> Messages:
     return [dict(role="user", content=text)] if isinstance(text, str) else text
 
+def as_text(turns: Messages) -> str:
+    """A prompt in one text, for who judges or writes rubrics: of a conversation, who says what."""
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+# The parameters of a function with @reads are the fields that a row of a file must have. So a file
+# with a fault is refused before anything is sampled, not when it is judged.
+reads = validate_call(config=ConfigDict(strict=True))
+Text = Annotated[str, Field(pattern=r"\S")]    # not blank
+Texts = Annotated[list[Text], Field(min_length=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Turn = TypedDict("Turn", dict(role=Literal["system", "user", "assistant"], content=Text))
+Conversation = Annotated[list[Turn], Field(min_length=1)]
+Prompt = Annotated[Conversation, BeforeValidator(user_prompt)]    # or a text
+
 def ask(item: Item, answer: str, reply: type[Reply], group: Group) -> list[Request]:
     """One question for each criterion; or, beside a reference, one for each order, since judges
     favour a place; or one. The instruction is the docstring of the type of reply.
     """
-    turns = item.prompts[0]
-    task = turns[0]["content"]
-    if len(turns) > 1:
-        task = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
     shown = [[("answer", answer)]]
     if item.criteria:
         shown = [[("answer", answer), ("statement", text)] for text in item.criteria]
@@ -106,8 +121,8 @@ def ask(item: Item, answer: str, reply: type[Reply], group: Group) -> list[Reque
     requests = []
     for texts in shown:
         content = ""
-        for tag, text in [("task", task), *texts]:    # no text closes its fence
-            content += pop.fence(tag, text or "(nothing)") + "\n"
+        for tag, text in [("task", as_text(item.prompts[0])), *texts]:
+            content += pop.fence(tag, text or "(nothing)") + "\n"    # no text closes its fence
         requests.append(Request(
             user_prompt(content + instruction), max_tokens=1000, schema=reply.model_json_schema(),
             parse=lambda text: pop.parse_json(text, TypeAdapter(reply)).model_dump(), group=group))
@@ -123,19 +138,22 @@ class Met(Reply):
     explanation: limited_text(300)
     criteria_met: bool
 
-def read_healthbench(row: Row) -> Item:
-    themes = [tag[6:] for tag in row["example_tags"] if tag.startswith("theme:")]
-    item = Item(id=row["prompt_id"], prompts=[row["prompt"]], theme="".join(themes[:1]))
-    for criterion in row["rubrics"]:
-        item.criteria.append(criterion["criterion"])
-        item.points.append(criterion["points"])
-    return item
+PointsFor = TypedDict("PointsFor", dict(criterion=Text, points=Number))
 
-def score_healthbench(item: Item, verdicts: list[Row]) -> Points:
+@reads
+def read_healthbench(prompt_id: str, prompt: Conversation, example_tags: list[str],
+                     rubrics: list[PointsFor], **_: Any) -> Item:
+    themes = [tag[6:] for tag in example_tags if tag.startswith("theme:")]
+    return Item(prompt_id, [prompt], theme="".join(themes[:1]),
+                criteria=[row["criterion"] for row in rubrics],
+                points=[row["points"] for row in rubrics])
+
+def score_healthbench(item: Item, verdicts: list[Row]) -> Points | None:
     """Points of met criteria / sum of positive points; only the mean of a model is clipped."""
     met = np.array([verdict["criteria_met"] for verdict in verdicts])    # (K,)
     points = np.array(item.points, dtype=float)
-    return [points[met].sum() / points.clip(0).sum()]
+    best = points.clip(0).sum()
+    return [points[met].sum() / best] if best > 0 else None    # simple-evals leaves it out, too
 
 # Creative Writing v3 (EQ-bench/creative-writing-bench)
 QUALITIES = (
@@ -158,10 +176,11 @@ class Review(Reply):
     analysis: limited_text(600)
     grades: Grades
 
-def read_creative_writing(row: Row) -> Item:
-    text = row["writing_prompt"]
-    prompts = [user_prompt(text.replace("<SEED>", seed)) for seed in row["seed_modifiers"]]
-    return Item(id=row["title"], prompts=prompts, theme=row["category"])
+@reads
+def read_creative_writing(title: str, category: str, writing_prompt: Text, seed_modifiers: Texts,
+                          **_: Any) -> Item:
+    prompts = [user_prompt(writing_prompt.replace("<SEED>", seed)) for seed in seed_modifiers]
+    return Item(title, prompts, theme=category)
 
 def score_creative_writing(item: Item, verdicts: list[Row]) -> Points:
     """Mean of the grades (0 to 20), those of faults inverted, times 5: 0 to 100."""
@@ -187,18 +206,28 @@ OPPONENTS = {"arena-hard-v0.1": "v0.1/model_answer/gpt-4-0314",
              "hard_prompt": "v2.0/model_answer/o3-mini-2025-01-31",
              "creative_writing": "v2.0/model_answer/gemini-2.0-flash-001"}
 
-def read_arena_hard(row: Row) -> Item:
-    theme = row.get("subcategory") or row["category"]
-    return Item(id=row["uid"], prompts=[user_prompt(row["prompt"])], theme=theme)
+@reads
+def read_arena_hard(uid: str, prompt: Text, category: str, subcategory: str | None = None,
+                    **_: Any) -> Item:
+    theme = subcategory or category
+    return Item(uid, [user_prompt(prompt)], theme=theme, category=category)
 
-def add_references(items: list[Item], cfg: EvalConfig, rows: list[Row]) -> None:
+Answer = TypedDict("Answer", dict(answer=Text))
+
+@reads
+def read_reference(uid: str, messages: list[Row], **_: Any) -> tuple[str, str]:
+    return uid, TypeAdapter(Answer).validate_python(messages[-1]["content"])["answer"]
+
+def add_references(items: list[Item], cfg: EvalConfig) -> None:
     """Arena-Hard's published answers, or those in --references."""
-    files = {f"{ARENA_FILES}arena-hard-{OPPONENTS[row['category']]}.jsonl" for row in rows}
+    names = {OPPONENTS.get(item.category, item.category) for item in items}
+    files = [f"{ARENA_FILES}arena-hard-{name}.jsonl" for name in sorted(names)]
     answers = {}
-    for file in [cfg.references] if cfg.references else sorted(files):
-        for row in read_rows(file, "references"):
-            answers[row["uid"]] = row["messages"][-1]["content"]["answer"]
+    for file in [cfg.references] if cfg.references else files:
+        answers.update(read_rows(file, "references", read_reference))
     for item in items:
+        if item.id not in answers:
+            fail(f"--references: no answer to {item.id}, a prompt in --data")
         item.reference = answers[item.id]
 
 def score_arena_hard(item: Item, verdicts: list[Row]) -> Points:
@@ -212,10 +241,12 @@ class Graded(Reply):
     reason: limited_text(300)
     score: int = Field(ge=1, le=10)
 
-def read_writingbench(row: Row) -> Item:
-    criteria = [json.dumps(criterion, ensure_ascii=False) for criterion in row["checklist"]]
-    return Item(id=str(row["index"]), prompts=[user_prompt(row["query"])], theme=row["domain1"],
-                criteria=criteria)
+@reads
+def read_writingbench(index: int | str, query: Text, domain1: str,
+                      checklist: Annotated[list[dict[str, str]], Field(min_length=1)],
+                      **_: Any) -> Item:
+    criteria = [json.dumps(criterion, ensure_ascii=False) for criterion in checklist]
+    return Item(str(index), [user_prompt(query)], theme=domain1, criteria=criteria)
 
 def score_writingbench(item: Item, verdicts: list[Row]) -> Points:
     """Mean of the scores, 1 to 10."""
@@ -225,12 +256,24 @@ def score_writingbench(item: Item, verdicts: list[Row]) -> Points:
 IFEVAL = ("prompt_level_strict_acc", "prompt_level_loose_acc",
           "inst_level_strict_acc", "inst_level_loose_acc")
 
-def read_ifeval(row: Row) -> Item:
-    return Item(id=str(row["key"]), prompts=[user_prompt(row["prompt"])], instructions=row)
+@reads
+def read_ifeval(key: int | str, prompt: Text, kwargs: list[Row | None],
+                instruction_id_list: Texts, **_: Any) -> Item:
+    from assets.ifeval import check    # exits if a package is missing
+    row = dict(key=key, prompt=prompt, instruction_id_list=instruction_id_list, kwargs=kwargs)
+    check(row)
+    return Item(str(key), [user_prompt(prompt)], instructions=row)
 
 def score_ifeval(item: Item, verdict: Row) -> Points:
     """Strict, by prompt: 1 if all instructions are followed. `compared` counts the other three."""
     return verdict["prompt_level_strict_acc"]
+
+@reads
+def read_own(prompt: Prompt = None, **row: Any) -> Item:
+    """A line of a task file of pop.py; or {prompt, and if there are, reference and rubric}."""
+    if prompt:
+        row |= dict(document="", task=as_text(prompt))
+    return Item("", [prompt] if prompt else [], group=pop.GROUP.validate_python(row))
 
 def score_own(item: Item, ratings: list[float]) -> Points:
     return [pop.rubric_score(ratings, [criterion.weight for criterion in item.group.rubric])]
@@ -240,9 +283,9 @@ class Benchmark:
     """Where prompts are and how their rows are read, what a judge replies, what verdicts count."""
     source: str
     temperature: float
-    read: Callable[[Row], Item] | None
+    read: Callable[..., Item]
     reply: type[Reply] | None    # None: lm-eval's verdicts, or ratings by pop.score_answers
-    score: Callable[[Item, Any], Points]
+    score: Callable[[Item, Any], Points | None]
     clip: bool = False    # the mean into [0, 1]
 
 HEALTH = (0.5, read_healthbench, Met, score_healthbench, True)
@@ -262,68 +305,80 @@ BENCHMARKS = {
     "ifeval": Benchmark(
         "hub:google/IFEval/ifeval_input_data.jsonl", 0.0, read_ifeval, None, score_ifeval),
     "writingbench": Benchmark(WRITINGBENCH, 0.7, read_writingbench, Graded, score_writingbench),
-    "own": Benchmark("", 0.7, None, None, score_own),    # see own_items
+    "own": Benchmark("", 0.7, read_own, None, score_own),
 }
 
-def read_rows(source: str, name: str) -> list[Row]:
-    """Objects of a file: hub:owner/name/file, https://.., or a path. Exits, naming a flag."""
+@contextmanager
+def given_by(flag: str) -> Iterator[None]:
+    """In the block, the first flag that a message of pop.fail names becomes the given one."""
+    pop.fail = lambda message: fail(re.sub(r"--\w+", f"--{flag}", message, count=1))
+    try:
+        yield
+    finally:
+        pop.fail = fail
+
+def reason(error: Exception) -> str:
+    """What is wrong, in one line."""
+    faults = [f"{type(error).__name__}: {error}"]
+    if isinstance(error, ValidationError):
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+    return " ".join("; ".join(faults).split())[:300]
+
+def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[Any]:
+    """What `read` makes of each row of a file: hub:owner/name/file, https://.., or a path. A row is
+    a line, or a value of the object in a .json file. Exits, naming flag, line and fault.
+    """
     import fsspec
     from huggingface_hub import hf_hub_download
+    number, found = 0, []
     try:
         path = source
         if source.startswith("hub:"):
             owner, name_there, file = source[4:].split("/", 2)
             path = hf_hub_download(f"{owner}/{name_there}", file, repo_type="dataset")
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
+        with fsspec.open(path, "rt", encoding="utf-8-sig") as lines:
             if source.endswith(".json"):
-                return list(json.load(file).values())
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"--{name} {source}: cannot be read ({type(error).__name__}: {reason})")
+                lines = map(json.dumps, json.load(lines).values())
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    found.append(read(**json.loads(line)))
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        place = f"line {number}" if number else "cannot be read"
+        fail(f"--{name} {source}: {place}: {reason(error)}")
 
 def load_items(cfg: EvalConfig) -> list[Item]:
-    """The benchmark's prompts. Exits with one line if a row is not what the benchmark needs."""
+    """The prompts, or --limit of them. For `own`, --data may also be a corpus."""
     benchmark = BENCHMARKS[cfg.benchmark]
     source = cfg.data or benchmark.source
-    rows = read_rows(source, "data")
-    try:
-        items = [benchmark.read(row) for row in rows]
-        if benchmark.reply is Comparison:
-            add_references(items, cfg, rows)
-    except (LookupError, TypeError, AttributeError) as error:
-        fail(f"--data {source}: not in the format of {cfg.benchmark} "
-             f"({type(error).__name__}: {error})")
-    return random.Random(0).sample(items, min(cfg.limit or len(items), len(items)))
+    own = cfg.benchmark == "own"
+    first = read_rows(source, "data")[:1] if own and source.endswith(".jsonl") else []
+    if own and not {"prompt", "task"} & set(*first):
+        corpus = pop.Config(corpus=source, num_steps=1, docs_per_step=cfg.limit or 1000)
+        with given_by("data"):
+            items = [read_own(document=document) for document in pop.load_corpus(corpus)]
+    else:
+        items = read_rows(source, "data", benchmark.read)
+    for number, item in enumerate(items if own else []):    # seeds what is sampled for it
+        item.group.row = number
+    items = [item for item in items if not (own and item.group.drop_reason)]
+    items = random.Random(0).sample(items, min(cfg.limit or len(items), len(items)))
+    if benchmark.reply is Comparison:
+        add_references(items, cfg)
+    return items
 
-def own_items(cfg: EvalConfig, baseline: "Model") -> list[Item]:
-    """`own`: --data is a task file of pop.py, lines of {prompt, and if there are, reference and
-    rubric}, or a corpus. The baseline writes what is missing, the same for every checkpoint. A
-    prompt is asked as it is, a task as in training, with pop.solver_prompt's sentence on length.
+def complete_items(items: list[Item], cfg: EvalConfig, baseline: "Model") -> list[Item]:
+    """`own`: the baseline writes tasks and rubrics that are missing, the same for every checkpoint.
+    A prompt is asked as it is, a task as in training, with pop.solver_prompt's sentence on length.
     """
     settings = pop_settings(cfg)
-    rows = read_rows(cfg.data, "data") if cfg.data.endswith(".jsonl") else []
-    as_it_is = bool(rows) and "prompt" in rows[0]
-    if not as_it_is and not (rows and "task" in rows[0]):
-        corpus = pop.Config(corpus=cfg.data, num_steps=1, docs_per_step=cfg.limit or 1000)
-        rows = [dict(document=document) for document in pop.load_corpus(corpus)]
-    groups = []
-    for number, row in enumerate(rows):    # the number seeds what is sampled for a row
-        try:
-            if as_it_is:
-                row["document"], row["task"] = "", row.pop("prompt")
-            groups.append(pop.GROUP.validate_python(row | dict(row=number)))
-        except (KeyError, TypeError, ValidationError) as error:
-            fail(f"--data {cfg.data} line {number + 1}: {' '.join(str(error).split())}")
-    groups = pop.kept(groups)
-    groups = random.Random(0).sample(groups, min(cfg.limit or len(groups), len(groups)))
+    groups = [item.group for item in items]
     pop.propose_tasks(baseline, [group for group in groups if not group.task], settings, seen=[])
     pop.write_rubrics(baseline, groups, settings)
-    items = []
-    for group in pop.kept(groups):
-        prompt = user_prompt(group.task) if as_it_is else pop.solver_prompt(group.task, settings)
-        items.append(Item(id=fingerprint(group.task, prompt), prompts=[prompt], group=group))
-    return items
+    for item in items:
+        item.prompts = item.prompts or [pop.solver_prompt(item.group.task, settings)]
+        item.id = fingerprint(item.group.task, item.prompts[0])
+    return [item for item in items if item.group.drop_reason is None]
 
 # ---- 3. models and judges ----
 ENGINE = None    # of a process that began with start_engine
@@ -336,16 +391,16 @@ def fingerprint(*parts: Any) -> str:
 
 def short_name(model: str) -> str:
     """runs/a/checkpoints/step_000100 -> a-step_000100; else the last part of a name."""
-    path = Path(model)
+    path = Path(os.path.abspath(model))    # it may be ".", or lack the run's name
     if path.parent.name == "checkpoints":
-        return f"{path.parts[-3]}-{path.name}"
+        return f"{path.parent.parent.name}-{path.name}"
     return path.name
 
 def identity(model: str) -> str:
     """Changes if the model's files do: another checkpoint may have had the same name."""
     states = []
     for file in sorted(Path(model).glob("*")):
-        if file.suffix in (".safetensors", ".json", ".jinja"):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
             states.append((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns))
     if not states:    # a hub name
         states = [model, AutoConfig.from_pretrained(model)._commit_hash]
@@ -367,7 +422,7 @@ def engine_settings(cfg: EvalConfig, model: str) -> pop.Config:
     lora = adapter(model)
     rank = lora.get("r", 0)
     if lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank:
-        fail(f"--model {model}: lora_alpha must be {pop.LORA_SCALE} r, as pop.py writes it")
+        pop.fail(f"--model {model}: lora_alpha must be {pop.LORA_SCALE} r, as pop.py writes it")
     base = pop.resolve_model(lora.get("base_model_name_or_path", model))
     config = AutoConfig.from_pretrained(base).get_text_config()
     longest = getattr(config, "max_position_embeddings", cfg.max_model_len)
@@ -409,11 +464,16 @@ class Model(AbstractContextManager):
             settings = engine_settings(cfg, name)
             self.ask = engine_replies
             self.pool = ProcessPoolExecutor(1, get_context("spawn"), start_engine, (settings, name))
-            cache = f"{short_name(name)}-{identity(name)}"
+            # what a reply depends on besides its request; of an adapter its base model, too
+            states = identity(name), identity(settings.model), cfg.dtype
+            cache = f"{short_name(name)}-{fingerprint(states)}"
         self.file = Path(cfg.out, "cache", f"{cache}.jsonl")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.touch()
         self.known: dict[str, Row] = {}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch()
+        except OSError as error:
+            fail(f"--out {cfg.out}: cannot be written ({reason(error)})")
         for line in self.file.read_text(encoding="utf-8").split("\n"):
             with suppress(ValueError):    # a kill has cut it off
                 self.known.update([json.loads(line)])
@@ -425,7 +485,7 @@ class Model(AbstractContextManager):
         """A completion for each request, without token ids, from the cache or else from the model.
         New ones go to the cache, CHUNK at a time, but not those that did not fit or failed.
         """
-        keys, missing = [], {}
+        keys, missing, found = [], {}, {}
         for request in requests:
             seed = request.seed if request.temperature > 0 else 0
             keys.append(fingerprint(request.messages, request.max_tokens, request.temperature,
@@ -439,13 +499,14 @@ class Model(AbstractContextManager):
             replies = self.pool.submit(self.ask, asked, role).result()
             with open(self.file, "a", encoding="utf-8") as out:
                 for key, reply in zip(part, replies, strict=True):
-                    self.known[key] = dict(text=reply.text, finish_reason=reply.finish_reason)
+                    found[key] = dict(text=reply.text, finish_reason=reply.finish_reason)
                     if missing[key].next_words:
-                        self.known[key]["engine_logprobs"] = reply.engine_logprobs
+                        found[key]["engine_logprobs"] = reply.engine_logprobs
                     if reply.finish_reason in ("stop", "length"):
-                        out.write(f"\n{json.dumps([key, self.known[key]])}")
+                        self.known[key] = found[key]
+                        out.write(f"\n{json.dumps([key, found[key]])}")
             print(f"{self.file.stem}, {role}: {start + len(part)} of {len(pending)}", flush=True)
-        return [Completion([], **self.known[key]) for key in keys]
+        return [Completion([], **(found.get(key) or self.known[key])) for key in keys]
 
 def sample_answers(cfg: EvalConfig, model: Model, rows: list[Row], side: str) -> None:
     """Fill in row[side]: {answer, text, finish_reason}, one answer to the prompt of each row.
@@ -491,61 +552,7 @@ def judge_answers(cfg: EvalConfig, units: list[tuple[Item, str]],
         print(f"replies that cannot be used: {dict(Counter(failures))}", flush=True)
     return verdicts
 
-# ---- 4. statistics ----
-def compare(pairs: list[list[tuple[Points, Points]]], clip: bool = False) -> Row:
-    """Points of (model, baseline) for each answer to each prompt -> the two means and their
-    difference as [value, low, high], and how many answers won, tied, lost. The intervals are 95% of
-    2,000 paired bootstrap draws over prompts, since answers to one prompt are not independent.
-    """
-    n = len(pairs)
-    if n == 0:
-        return dict(n=0, win=0, tie=0, loss=0)
-    totals = np.zeros((n, 2, 2))    # prompt, side, (sum of points, number of points)
-    signs: Counter[int] = Counter()
-    for i, answers in enumerate(pairs):
-        for sides in answers:
-            for side, points in enumerate(sides):
-                totals[i, side] += sum(points), len(points)
-            gap = np.mean(sides[0]) - np.mean(sides[1])
-            signs[int(np.sign(round(gap, 9)))] += 1
-
-    def means(sample: np.ndarray) -> np.ndarray:    # (n, 2, 2) -> model, baseline, difference
-        sums = sample.sum(axis=0)
-        model, baseline = sums[:, 0] / sums[:, 1]
-        return np.array([model, baseline, model - baseline])
-
-    rng = np.random.default_rng(0)
-    draws = [means(totals[rng.integers(n, size=n)]) for _ in range(2000)]
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)    # (3,) each
-    found = np.stack([means(totals), low, high], axis=1)    # (3, 3)
-    if clip:    # both means, but not the difference
-        found[:2] = found[:2].clip(0, 1)
-    result = dict(zip(("model", "baseline", "difference"), found.tolist(), strict=True))
-    return result | dict(n=n, win=signs[1], tie=signs[0], loss=signs[-1])
-
-def agreement(y: np.ndarray, v: np.ndarray) -> Row:
-    """Labels and verdicts, both (N,) -> accuracy, balanced accuracy (mean of the recalls of both
-    classes), Cohen's kappa (None where it is not defined). No labels: n = 0 only.
-    """
-    if len(y) == 0:
-        return dict(n=0)
-    right = v == y
-    recalls = [right[y == label].mean() for label in np.unique(y)]
-    chance = y.mean() * v.mean() + (1 - y.mean()) * (1 - v.mean())
-    kappa = float((right.mean() - chance) / (1 - chance)) if chance < 1 else None
-    return dict(n=len(y), accuracy=float(right.mean()), balanced_accuracy=float(np.mean(recalls)),
-                kappa=kappa)
-
-# 97.5% quantile of Student's t by degrees of freedom, 0 to 9.
-STUDENT = (np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, ...) -> mean over n, half its 95% interval (Student's t; from n = 10 on that of 10)."""
-    n = len(values)
-    quantile = STUDENT[min(n, len(STUDENT)) - 1]
-    return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / n**0.5
-
-# ---- 5. evaluation ----
+# ---- 4. evaluation ----
 SIDES = ("model", "baseline")
 
 def evaluate(cfg: EvalConfig) -> Row:
@@ -553,10 +560,10 @@ def evaluate(cfg: EvalConfig) -> Row:
     baseline}. A side has answer, text, finish_reason and, if it was judged, verdicts and points.
     """
     benchmark = BENCHMARKS[cfg.benchmark]
-    if cfg.benchmark == "ifeval":
-        from assets.ifeval import verify    # before the sampling: a package may be missing
+    items = load_items(cfg)
     with Model(cfg, cfg.baseline) as baseline:
-        items = own_items(cfg, baseline) if cfg.benchmark == "own" else load_items(cfg)
+        if cfg.benchmark == "own":
+            items = complete_items(items, cfg, baseline)
         if not items:
             fail(f"--data {cfg.data}: holds no prompt, or no document that gave a task")
         rows = []
@@ -573,6 +580,7 @@ def evaluate(cfg: EvalConfig) -> Row:
             judged.append((row["item"], row[side]))
     units = [(item, reply["answer"]) for item, reply in judged]
     if cfg.benchmark == "ifeval":
+        from assets.ifeval import verify
         verdicts = [verify(item.instructions, answer) for item, answer in units]
     else:
         verdicts = judge_answers(cfg, units, benchmark.reply)
@@ -601,7 +609,7 @@ def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
         result["ifeval"][key] = compared(cfg, rows, key)
     cells = dict(benchmark=cfg.benchmark, model=short_name(cfg.model),
                  baseline=short_name(cfg.baseline), judge=cfg.judge_model)
-    name = "-".join([*cells.values(), fingerprint(vars(cfg))[:6]])
+    name = f"{'-'.join(cells.values())[:200]}-{fingerprint(vars(cfg))[:6]}"
     cells["n"] = result["n"]
     for title, key in zip(("score", "baseline's", "difference [95%]"), (*SIDES, "difference")):
         cells[title] = "{:.3f} [{:.3f}, {:.3f}]".format(*result[key]) if result["n"] else "-"
@@ -613,10 +621,10 @@ def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
     cells["words"] = "{model_words:.0f} / {baseline_words:.0f}".format(**result)
     cells["finished"] = "{model_finished:.0%} / {baseline_finished:.0%}".format(**result)
     cells["left out"] = len(rows) - result["win"] - result["tie"] - result["loss"]
+    print_table(list(cells), [list(cells.values())])
     file = Path(cfg.out, re.sub(r"[/ ]", "_", name), "results.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result | dict(cells=cells, rows=rows), default=vars, indent=1))
-    print_table(list(cells), [list(cells.values())])
     print(file)
     return result
 
@@ -624,24 +632,21 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:  
     for row in [titles, ["---"] * len(titles), *rows]:
         print(f"| {' | '.join(map(str, row))} |")
 
-# ---- 6. judging judges ----
+# ---- 5. judging judges ----
+@reads
+def read_label(prompt: Prompt, answer: str, criterion: Text, points: Number,
+               criteria_met: Annotated[bool, Field(strict=False)], **_: Any) -> Row:
+    item = Item("", [prompt], criteria=[criterion])
+    return dict(unit=(item, answer), wins=points > 0, label=criteria_met)
+
 def judge_judge(cfg: EvalConfig) -> Row:
     """Agreement with --labels, asked as in HealthBench: in all, and by the sign of the points."""
-    labels = read_rows(cfg.labels, "labels")
-    units, kinds = [], []
-    try:
-        for row in labels:
-            prompts = [user_prompt(row["prompt"])]
-            units.append((Item(id="", prompts=prompts, criteria=[row["criterion"]]), row["answer"]))
-            kinds.append((row["points"] > 0, bool(row["criteria_met"])))
-    except (LookupError, TypeError) as error:
-        fail(f"--labels {cfg.labels}: needs prompt, answer, criterion, points, criteria_met "
-             f"({type(error).__name__}: {error})")
+    labels = read_rows(cfg.labels, "labels", read_label)
     found = []    # (the criterion wins points, label, verdict)
-    verdicts = judge_answers(cfg, units, Met)
-    for (wins, label), verdict in zip(kinds, verdicts, strict=True):
+    verdicts = judge_answers(cfg, [row["unit"] for row in labels], Met)
+    for row, verdict in zip(labels, verdicts, strict=True):
         if verdict is not None:
-            found.append((wins, label, verdict[0]["criteria_met"]))
+            found.append((row["wins"], row["label"], verdict[0]["criteria_met"]))
     wins, label, met = np.array(found, dtype=bool).reshape(-1, 3).T    # (N,) each
     result = dict(left_out=verdicts.count(None), all=agreement(label, met),
                   positive=agreement(label[wins], met[wins]),
@@ -649,7 +654,7 @@ def judge_judge(cfg: EvalConfig) -> Row:
     print(json.dumps(result, indent=1))
     return result
 
-# ---- 7. runs: another judge ----
+# ---- 6. runs: another judge ----
 # Columns of rejudge's table. The first is the reward that the run itself measured.
 MEASURES = ("own judge", "this judge", "finished or not", "finished", "golds' words", "words")
 
@@ -688,7 +693,7 @@ def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
     for number, run in enumerate(runs):
         for step, row, completion in held_out_answers(run):
             rubric = [Criterion(**criterion) for criterion in row["rubric"]]
-            item = Item(id="", prompts=[], group=Group("", task=row["task"], rubric=rubric))
+            item = Item("", [], group=Group("", task=row["task"], rubric=rubric))
             units.append((item, completion["answer"] or completion["text"]))
             completions.append(completion)
             places.append((number, step, row["row"]))
@@ -716,7 +721,7 @@ def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
         table[-1].append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
     print_table(["step", *MEASURES], table)
 
-# ---- 8. main ----
+# ---- 7. main ----
 def parse_args(argv: Sequence[str]) -> EvalConfig:
     """Command line -> settings. `own` on the task file of a run has the defaults of that run."""
     usage = "python eval.py [report RUN | rejudge RUN .. | judge] [--flag value ...]"
@@ -726,8 +731,8 @@ def parse_args(argv: Sequence[str]) -> EvalConfig:
     run_config = folder.parent / "config.json"
     if chosen.benchmark == "own" and folder.name == "tasks" and run_config.is_file():
         run = json.loads(run_config.read_text())
-        for name in ("temperature", "max_new_tokens", "answer_form", "domain", "scoring"):
-            parser.set_defaults(**{name: run[name]})
+        names = {"temperature", "max_new_tokens", "answer_form", "domain", "scoring"} & run.keys()
+        parser.set_defaults(**{name: run[name] for name in names})
     cfg = EvalConfig(**vars(parser.parse_args(argv)))
     pop.check_flags(cfg, parser)
     return cfg
@@ -750,9 +755,13 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
             fail(f"--{name}: is needed here")
     for name in ("model", "baseline", "judge"):
         model = getattr(cfg, name)
-        if model and not model.startswith("http"):
-            base = engine_settings(cfg, model).model    # exits if there is none
-            setattr(cfg, name, model if adapter(model) else base)
+        if model and not (name == "judge" and model.startswith("http")):
+            with given_by(name):
+                settings = engine_settings(cfg, model)    # exits if there is none
+            path = model if adapter(model) else settings.model
+            setattr(cfg, name, os.path.abspath(path) if Path(path).is_dir() else path)
+            if name != "judge" and settings.max_model_len <= cfg.max_new_tokens:
+                fail(f"--max_new_tokens {cfg.max_new_tokens}: {model} has no room for a prompt")
     if str(cfg.judge).startswith("http"):
         if cfg.judge_model is None:
             fail(f"--judge {cfg.judge}: needs --judge_model")
@@ -784,7 +793,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"    # as in pop.py
-    if not CUDA and openmp.exists() and "LD_PRELOAD" not in os.environ:
+    fits = not re.search(r"[\s:]", str(openmp))    # LD_PRELOAD is split there
+    if not CUDA and openmp.exists() and fits and "LD_PRELOAD" not in os.environ:
         os.environ["LD_PRELOAD"] = str(openmp)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     main(sys.argv[1:])

@@ -578,7 +578,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
-TODAY = date(2024, 7, 26)    # for chat templates that name the date: prompts must not change with it
+TODAY = date(2024, 7, 26)    # what chat templates take for today: prompts must not change
 RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
@@ -769,6 +769,11 @@ class Engine:
 # ---- 7. self-play ----
 HELD_OUT = -1    # the step of a task that nothing is trained on
 
+def check_names(rubric: list[Criterion]) -> list[Criterion]:
+    if len({criterion.name for criterion in rubric}) < len(rubric):
+        raise ValueError("two criteria have one name, so that one verdict would count for both")
+    return rubric
+
 @dataclass
 class Group:
     """One document and all that is made of it. The first block is a line of a task file."""
@@ -779,11 +784,10 @@ class Group:
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
-    rubric: list[Criterion] = field(default_factory=list)
+    rubric: Annotated[list[Criterion], AfterValidator(check_names)] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
-    # not in a task file
-    completions: list[Completion] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)          # not in a task file
 
 GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
 
@@ -1166,17 +1170,10 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
     targets = input_ids[:, 1:][mask]                    # (N,)
-    # Some models scale their logits (Granite, Cohere), others cap them (Gemma 2).
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor = temperature * getattr(config, "logits_scaling", 1.0)
-    divisor /= getattr(config, "logit_scale", None) or 1.0
 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float()    # (chunk, V)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-        return -F.cross_entropy(logits / divisor, targets, reduction="none")
+        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
+        return -F.cross_entropy(logits, targets, reduction="none")
     parts = []
     for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))

