@@ -26,7 +26,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context, parent_process
@@ -41,6 +41,8 @@ from transformers import AutoConfig
 from typing_extensions import TypedDict
 
 import pop
+from assets.checks import given_by
+from assets.openmp import start_over_with_openmp
 from assets.statistics import agreement, compare, interval
 from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag, limited_text
 
@@ -307,15 +309,6 @@ BENCHMARKS = {
     "writingbench": Benchmark(WRITINGBENCH, 0.7, read_writingbench, Graded, score_writingbench),
     "own": Benchmark("", 0.7, read_own, None, score_own),
 }
-
-@contextmanager
-def given_by(flag: str) -> Iterator[None]:
-    """In the block, the first flag that a message of pop.fail names becomes the given one."""
-    pop.fail = lambda message: fail(re.sub(r"--\w+", f"--{flag}", message, count=1))
-    try:
-        yield
-    finally:
-        pop.fail = fail
 
 def reason(error: Exception) -> str:
     """What is wrong, in one line."""
@@ -792,9 +785,5 @@ def main(argv: Sequence[str]) -> None:
         evaluate(cfg)
 
 if __name__ == "__main__":
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"    # as in pop.py
-    fits = not re.search(r"[\s:]", str(openmp))    # LD_PRELOAD is split there
-    if not CUDA and openmp.exists() and fits and "LD_PRELOAD" not in os.environ:
-        os.environ["LD_PRELOAD"] = str(openmp)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    start_over_with_openmp()
     main(sys.argv[1:])

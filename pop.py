@@ -37,7 +37,6 @@ import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -47,7 +46,6 @@ from copy import copy, deepcopy
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -55,8 +53,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
-                      ValidationError)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -65,8 +63,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from typing_extensions import TypedDict    # pydantic wants this one before Python 3.12
 
-from assets.checks import check_model, check_run, fail, resolve_model
-from assets.corpus import FORMATS, read_rows, text_column
+from assets.checks import check_model, check_run, check_tasks, fail, resolve_model
+from assets.corpus import read_texts
+from assets.openmp import start_over_with_openmp
 
 # ---- 2. config ----
 def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") -> Any:
@@ -235,14 +234,11 @@ class Criterion(Reply):
 class Rubric(Reply):
     criteria: list[Criterion] = Field(min_length=1, max_length=5)
 
-def digit(value: Any) -> Any:
-    """Unguided, as at an endpoint, a judge may write "2" for 2."""
-    return int(value) if value in ("0", "1", "2") else value
-
 class Rating(Reply):
     thoughts: limited_text(160)
-    rating: Annotated[int, BeforeValidator(digit)] = Field(
-        ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
+    # Unguided, as at an endpoint, a judge may write "2" for 2.
+    rating: Annotated[int, BeforeValidator(lambda r: int(r) if r in ("0", "1", "2") else r)] = (
+        Field(ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]}))
 
 def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
     """Type of a judge's reply: {criterion name: {"thoughts", "rating"}}, exactly these names."""
@@ -252,9 +248,8 @@ def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
 
 @dataclass(kw_only=True)
 class Domain:
-    """What the proposer is to write, and one worked example for all roles but the solver.
-    Small models need it: a 0.5B model kept to a form in 44 of 48 replies with an example, in 1 of
-    48 without. `verdict` rates `answer`, a middling one.
+    """What the proposer is to write, and one worked example for all roles but the solver: a 0.5B
+    model kept to a form in 44 of 48 replies with one, in 1 without. `verdict` rates `answer`.
     """
     assignment: str
     document: str
@@ -410,9 +405,7 @@ def words(text: str) -> list[str]:
     return re.findall(WORD, text)
 
 def cut_words(text: str, count: int) -> str:
-    """The first `count` words of a text, and at most 8 characters for each: a "word" may be a file
-    in base64.
-    """
+    """The first words of a text, at most 8 characters for each: one may be a file in base64."""
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
 def load_corpus(cfg: Config) -> list[str]:
@@ -428,25 +421,16 @@ def load_corpus(cfg: Config) -> list[str]:
     wanted = cfg.held_out_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
     skipped: Counter[str] = Counter()
-    try:
-        rows = read_rows(name, revision, cfg.seed)
-        first = list(islice(rows, 1000))    # of the shuffled rows
-        column = text_column(first, TEXT_COLUMNS)
-        for row in chain(first, rows):
-            text = row.get(column)
-            if not isinstance(text, str):
-                skipped["without text"] += 1
-                continue
-            text = clean_text(text[:1_000_000])    # about a novel; to split more takes gigabytes
-            if len(words(text)) < cfg.min_doc_words:
-                skipped["too short"] += 1
-            else:
-                documents[cut_words(text, cfg.max_doc_words)] = None
-            if len(documents) == wanted:
-                break
-    except Exception as error:    # the library raises many kinds
-        fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file "
-             f"({' '.join(str(error).split())[:300]})")
+    column, texts = read_texts(name, revision, TEXT_COLUMNS, cfg.seed)    # exits if it cannot
+    for text in texts:
+        if text is None:
+            skipped["without text"] += 1
+        elif len(words(clean_text(text))) < cfg.min_doc_words:
+            skipped["too short"] += 1
+        else:
+            documents[cut_words(clean_text(text), cfg.max_doc_words)] = None
+        if len(documents) == wanted:
+            break
     print(f"corpus {name}, column {column}: {len(documents)} documents, "
           f"left out {dict(skipped)}", flush=True)
     if len(documents) <= cfg.held_out_docs:
@@ -510,8 +494,7 @@ UNSEEN = r"""
         | (according\s+to | based\s+on | sum\s+up | summari[sz]e | read | using | in | by | from
           | of | does | did) \s+ the )
     \s+ (document|text|passage|article|excerpt)s? \b
-    (?! \s+ (of|on|for|that|which|in|from|with|titled|I|you|we|message) \b
-        | [^.?!]* ["“] )
+    (?! \s+ (of|on|for|that|which|in|from|with|titled|I|you|we|message) \b | [^.?!]* ["“] )
   | \b the \s+ (document|text|passage|article|excerpt) \s+
     (says?|mentions?|describes?|discusses|states|explains|provides|is\s+about|above) \b"""
 
@@ -1203,7 +1186,6 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
         count=mask.sum(),
         entropy=-torch.where(mask, logprobs.detach(), 0.0).sum(),    # an estimate, if on policy
         engine_gap=log_ratio.abs().sum(),
-        engine_k3=(ratio - 1 - log_ratio).sum(),    # KL(engine || trainer), Schulman's estimator
         ratio_clipped=((ratio > ratio_cap) & mask).sum())
     return loss, {key: value.item() for key, value in sums.items()}
 
@@ -1335,7 +1317,8 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 # ---- 11. log and checkpoints ----
 PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
-           "eval_reward", "eval_reward_se")
+           "eval_reward", "eval_reward_se", "seconds/tasks", "seconds/answer", "seconds/judge",
+           "seconds/update")
 
 @contextmanager
 def clock(metrics: dict[str, Any], phase: str) -> Iterator[None]:
@@ -1355,11 +1338,7 @@ def prepare(cfg: Config) -> tuple[str, str, list[str]]:
     model = resolve_model(cfg.model)
     check_model(replace(cfg, model=model))
     if cfg.tasks and not cfg.resume:    # a resumed run has its copy
-        given_steps = {group.step for group in read_tasks(Path(cfg.tasks))}
-        if not given_steps:
-            fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
-        if cfg.eval_every and HELD_OUT not in given_steps:
-            fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents")
+        check_tasks(cfg, held_out=any(g.step == HELD_OUT for g in read_tasks(Path(cfg.tasks))))
     return model, cfg.run_dir, load_corpus(cfg)
 
 def start_run(cfg: Config) -> None:
@@ -1369,8 +1348,7 @@ def start_run(cfg: Config) -> None:
         (run_dir / name).mkdir(parents=True, exist_ok=True)
     if cfg.tasks is not None and not cfg.resume:
         shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
-    git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
-    (run_dir / "config.json").write_text(json.dumps(asdict(cfg) | dict(git=git), indent=1))
+    (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     # What a killed run logged after its newest checkpoint will be redone: cut it. A line per step.
     newest = newest_checkpoint(run_dir)
     steps = int(newest.name[-6:]) if newest else 0
@@ -1445,10 +1423,7 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
-    seconds = {key[8:]: value for key, value in metrics.items() if key.startswith("seconds/")}
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
-    shown += [f"seconds {sum(seconds.values()):.0f}"]
-    shown += [f"{phase} {value:.0f}" for phase, value in seconds.items()]
     print(f"step {metrics['step']}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
@@ -1515,9 +1490,7 @@ def main(cfg: Config) -> None:
     if cfg.judge_url:
         from assets.endpoint import Endpoint
         judge = Endpoint(cfg.judge_url, cfg.judge_model, gather)    # exits if it does not answer
-    found: list[Any] = [None]
-    if RANK == 0:
-        found = [prepare(cfg)]
+    found = [prepare(cfg) if RANK == 0 else None]
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
@@ -1533,7 +1506,6 @@ def main(cfg: Config) -> None:
     engine.check_weights(model)
     if RANK == 0:
         start_run(cfg)
-    gather(None)    # no rank looks into the folder before it is there
     judge = judge or engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
     if gather(newest_checkpoint(run_dir))[0] is None:    # what fails in a save must fail now
@@ -1541,6 +1513,7 @@ def main(cfg: Config) -> None:
     held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
+        write_rubrics(engine, held_out, cfg)    # of tasks that a person wrote without
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
     metrics: dict[str, Any] = {}
@@ -1623,11 +1596,5 @@ def main(cfg: Config) -> None:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    # Intel's OpenMP is faster on CPU. It must be loaded before Python starts: start over once.
-    # LD_PRELOAD is split at spaces and colons, so a path with one of them cannot be in it.
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    usable = openmp.exists() and not re.search(r"[\s:]", str(openmp))
-    if usable and not torch.cuda.is_available() and "LD_PRELOAD" not in os.environ:
-        os.environ["LD_PRELOAD"] = str(openmp)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    start_over_with_openmp()
     main(parse_args())

@@ -1,8 +1,11 @@
 """What cannot work, found before a run begins: one line that names the flag and what to do."""
 import json
 import os
+import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,21 @@ LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
+GIVEN_BY: list[str] = []    # see given_by
+
+
+@contextmanager
+def given_by(flag: str) -> Iterator[None]:
+    """In the block, the first flag that a message of `fail` names becomes this one of eval.py."""
+    GIVEN_BY.append(flag)
+    yield
+    GIVEN_BY.pop()
+
+
 def fail(message: str) -> None:
     """End the program with one line on stderr: what is wrong, which flag, what to do."""
+    if GIVEN_BY:
+        message = re.sub(r"--\w+", f"--{GIVEN_BY[-1]}", message, count=1)
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(20)    # torchrun ends all ranks with the first one that goes: let rank 0 print
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -67,6 +83,14 @@ def check_run(cfg: Any) -> None:
                      "another folder")
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail(f"--model {cfg.model}: no CUDA device; --preset tiny or --dtype float32 runs on CPU")
+
+
+def check_tasks(cfg: Any, held_out: bool) -> None:
+    """Exit if --tasks has no task files, or holds out no documents although the run measures."""
+    if not list(Path(cfg.tasks).glob("*.jsonl")):
+        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
+    if cfg.eval_every and not held_out:
+        fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents")
 
 
 def check_model(cfg: Any) -> None:

@@ -1,8 +1,11 @@
-"""Rows of a corpus, for pop.load_corpus: .txt, .jsonl or .parquet files, or a hub dataset."""
+"""Texts of a corpus, for pop.load_corpus: .txt, .jsonl or .parquet files, or a hub dataset."""
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from assets.checks import fail, one_line
 
 UTF8 = dict(encoding="utf-8-sig", encoding_errors="replace")    # -sig: without a byte order mark
 # A line of .jsonl is read as a text first: then only the column that is used must be in order.
@@ -11,6 +14,34 @@ FORMATS = {
     ".jsonl": dict(path="text", **UTF8),
     ".parquet": dict(path="parquet"),
 }
+
+
+def read_texts(name: str, revision: str | None, columns: Sequence[str],
+               seed: int) -> tuple[str, Iterator[str | None]]:
+    """The first of `columns` that holds texts, and the text of each row; None where it has none.
+
+    Exits with one line if the corpus cannot be read.
+    """
+    def exits(error: Exception) -> None:
+        fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file "
+             f"({one_line(error)})")
+
+    def texts() -> Iterator[str | None]:
+        try:
+            for row in chain(first, rows):
+                text = row.get(column)
+                # A million characters is about a novel; to split more takes gigabytes.
+                yield text[:1_000_000] if isinstance(text, str) else None
+        except Exception as error:    # the library raises many kinds
+            exits(error)
+
+    try:
+        rows = read_rows(name, revision, seed)
+        first = list(islice(rows, 1000))    # in shuffled order, so no bad stretch decides
+        column = text_column(first, columns)
+    except Exception as error:
+        exits(error)
+    return column, texts()
 
 
 def read_rows(name: str, revision: str | None, seed: int) -> Iterator[dict[str, Any]]:
