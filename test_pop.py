@@ -2864,6 +2864,15 @@ def test_a_row_with_a_fault(evaluation, monkeypatch, capsys, benchmark):
     assert not evaluation.calls
 
 
+def test_a_task_file_with_one_name_twice(tmp_path, capsys):
+    # case 18: in a task file edited by hand one verdict counts for two criteria
+    group = Group("d", task="t", reference="r", rubric=RUBRIC)
+    lines = [pop.GROUP.dump_json(group, exclude={"completions"}).decode()] * 2
+    (tmp_path / "step_000000.jsonl").write_text("\n".join([lines[0], lines[1].replace('"tone"', '"facts "')]))
+    line = fails(capsys, pop.read_tasks, tmp_path)
+    assert "step_000000.jsonl line 2: " in line and "two criteria have one name" in line
+
+
 def test_references_and_labels_with_a_fault(evaluation, monkeypatch, capsys):
     # case 22: the judge gets null for the published answer; labels of another type count as met
     file, good = evaluation.folder / "given.jsonl", REFERENCES[0]
