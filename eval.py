@@ -468,7 +468,7 @@ class Model(AbstractContextManager):
         except OSError as error:
             fail(f"--out {cfg.out}: cannot be written ({reason(error)})")
         for line in self.file.read_text(encoding="utf-8").split("\n"):
-            with suppress(ValueError):    # a kill has cut it off
+            with suppress(ValueError, TypeError):    # a kill has cut it off
                 self.known.update([json.loads(line)])
 
     def __exit__(self, *error: Any) -> None:

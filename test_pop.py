@@ -45,6 +45,7 @@ from torch import nn
 
 import eval as evals
 import pop
+from assets import checks
 from pop import Completion, Criterion, Group, ParseError, Request
 
 torch.set_num_threads(1)    # the models here are too small for more
@@ -1077,7 +1078,7 @@ def test_two_runs_on_the_same_tasks(make_cfg, tmp_path, capsys):
     for flags, words in ((dict(tasks=tmp_path / "nowhere"), "--tasks"),
                          (dict(tasks=tmp_path / "t"), "edited.jsonl line 7"),
                          (dict(tasks=file.parent, eval_every=1, eval_docs=2), "--eval_every 1")):
-        assert words in fails(capsys, pop.check_run, make_cfg(run_dir=tmp_path / "e", **flags))
+        assert words in fails(capsys, pop.prepare, make_cfg(run_dir=tmp_path / "e", **flags))
     assert not (tmp_path / "e").exists()
 
 
@@ -1678,6 +1679,7 @@ def test_engine_and_trainer_take_turns(make_cfg, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
     monkeypatch.setattr(pop, "Engine", SleepingEngine)
     monkeypatch.setattr(pop, "load_policy", on_the_host)
     monkeypatch.setattr(pop, "optimizer_step", lambda *args: FakeEngine.last.calls.append("update") or step(*args))
@@ -1713,6 +1715,7 @@ def test_backends_of_several_gpus(make_cfg, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
         with pytest.raises(Started):
             pop.main(make_cfg())
     assert backends == ["cpu:gloo,cuda:nccl", "gloo"]
@@ -1996,7 +1999,7 @@ def test_settings_of_a_resumed_run(make_cfg, monkeypatch, tmp_path, capsys):
     # a run goes on with a setting that makes it another run, or cannot go on with one that does not
     monkeypatch.setattr(pop, "Engine", FakeEngine)
     pop.main(make_cfg(num_steps=1))
-    assert not pop.RESUMABLE & {"model", "seed", "corpus", "docs_per_step", "loss", "lora_rank", "learning_rate"}
+    assert not checks.RESUMABLE & {"model", "seed", "corpus", "docs_per_step", "loss", "lora_rank", "learning_rate"}
     before, same = listing(tmp_path / "run"), make_cfg(num_steps=1, resume=True)
     for name, value in dataclasses.asdict(same).items():
         if name in ("resume", "run_dir"):
@@ -2005,7 +2008,7 @@ def test_settings_of_a_resumed_run(make_cfg, monkeypatch, tmp_path, capsys):
         if name == "tasks":
             other = str(tmp_path / "run" / "tasks")
         changed = dataclasses.replace(same, **{name: other})
-        if name in pop.RESUMABLE:
+        if name in checks.RESUMABLE:
             pop.check_run(changed)
         else:
             line = fails(capsys, pop.check_run, changed)
@@ -2738,7 +2741,6 @@ OWN = ["--benchmark", "own", "--model", "MODEL", "--baseline", "MODEL", "--data"
     (["rejudge", "--judge", "MODEL"], "folder"), (["rejudge", "nowhere", "--judge", "MODEL"], "nowhere"),
     (["rejudge", "nowhere"], "--judge"), ([*OWN[:6], "--judge", "MODEL"], "--data"),
     ([*OWN, "--judge", "http://127.0.0.1:9/v1"], "--judge_model"), ([*WRITING, "--judge_model", "m"], "--judge_model"),
-    ([*OWN, "--judge", "http://127.0.0.1:9/v1", "--judge_model", "m", "--scoring", "expected"], "pointwise"),
     ([*WRITING, "--model", "/no/model"], "/no/model"), ([*WRITING, "--limit", "-1"], "--limit"),
     ([*WRITING, "--max_new_tokens", "99999"], "--max_new_tokens"),
     ([*WRITING, "--temperature", "0", "--seeds", "2"], "--seeds"),
@@ -3048,6 +3050,15 @@ def test_a_row_with_a_fault(evaluation, monkeypatch, capsys, benchmark):
         line = fails(capsys, evaluation, benchmark, "--data", evaluation.folder / "bad.jsonl")
         assert f"--data {evaluation.folder}/bad.jsonl: line 3: " in line, line
     assert not evaluation.calls
+
+
+def test_a_task_file_with_one_name_twice(tmp_path, capsys):
+    # case 18: in a task file edited by hand one verdict counts for two criteria
+    group = Group("d", task="t", reference="r", rubric=RUBRIC)
+    lines = [pop.GROUP.dump_json(group, exclude={"completions"}).decode()] * 2
+    (tmp_path / "step_000000.jsonl").write_text("\n".join([lines[0], lines[1].replace('"tone"', '"facts "')]))
+    line = fails(capsys, pop.read_tasks, tmp_path)
+    assert "step_000000.jsonl line 2: " in line and "two criteria have one name" in line
 
 
 def test_references_and_labels_with_a_fault(evaluation, monkeypatch, capsys):

