@@ -1132,11 +1132,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of all weights, with LoRA merged into them."""
+    """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
     modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         owner, _, kind = name.rpartition(".")
-        if kind in ("lora_A", "lora_B"):
+        if kind in ("lora_A", "lora_B") or name in model.all_tied_weights_keys:
             continue
         layer = modules[owner]
         if kind == "weight" and isinstance(layer, LoRALinear):
