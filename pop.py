@@ -557,7 +557,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
-TODAY = date(2024, 7, 26)    # for chat templates that name the date: prompts must not change with it
+TODAY = date(2024, 7, 26)    # in chat templates: prompts must not change with the date
 RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
