@@ -561,7 +561,7 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
-TODAY = date(2024, 7, 26)    # what chat templates take for today: prompts must not change
+TODAY = date(2024, 7, 26)    # in chat templates: prompts must not change with the date
 RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
@@ -1131,11 +1131,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of all weights, with LoRA merged into them."""
+    """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
     modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         owner, _, kind = name.rpartition(".")
-        if kind in ("lora_A", "lora_B"):
+        if kind in ("lora_A", "lora_B") or name in model.all_tied_weights_keys:
             continue
         layer = modules[owner]
         if kind == "weight" and isinstance(layer, LoRALinear):

@@ -16,6 +16,7 @@ from torch import nn
 # Settings that a resumed run may change.
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "micro_batch_tokens",
              "offload_optimizer", "gpu_memory_utilization", "save_every"}
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Config fields that hold a model's longest text, as vLLM reads them.
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
                  "model_max_length", "max_target_positions", "max_sequence_length",
@@ -111,14 +112,17 @@ def model_problem(cfg: Any) -> str | None:
     config = AutoConfig.from_pretrained(cfg.model)
     if getattr(config, "quantization_config", None):
         return f"--model {cfg.model}: quantized weights cannot be trained; name the original model"
+    # transformers would load a classifier, too, and give it a new random head.
+    names = config.architectures or []
+    if names and not any(name.endswith(LANGUAGE_MODELS) for name in names):
+        return f"--model {cfg.model}: {', '.join(names)} is no language model that can be trained"
     try:
         with torch.device("meta"):    # all layers, no weights
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:    # whatever the code of a model raises
         return f"--model {cfg.model}: no language model that can be trained ({one_line(error)})"
-    problem = length_problem(config, cfg) or layer_problem(model, cfg)
-    problem = problem or memory_problem(model, cfg) or template_problem(cfg)
-    return problem
+    return (length_problem(config, cfg) or layer_problem(model, cfg) or memory_problem(model, cfg)
+            or template_problem(cfg))
 
 
 def one_line(error: Exception) -> str:
