@@ -42,7 +42,7 @@ from typing_extensions import TypedDict
 
 import pop
 from assets.checks import given_by
-from assets.openmp import start_over_with_openmp
+from assets.startup import start_over
 from assets.statistics import agreement, compare, interval
 from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag, limited_text
 
@@ -785,5 +785,5 @@ def main(argv: Sequence[str]) -> None:
         evaluate(cfg)
 
 if __name__ == "__main__":
-    start_over_with_openmp()
+    start_over()
     main(sys.argv[1:])

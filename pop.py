@@ -65,7 +65,7 @@ from typing_extensions import TypedDict    # pydantic wants this one before Pyth
 
 from assets.checks import check_model, check_run, check_tasks, fail, resolve_model
 from assets.corpus import read_texts
-from assets.openmp import start_over_with_openmp
+from assets.startup import start_over
 
 # ---- 2. config ----
 def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") -> Any:
@@ -1596,5 +1596,5 @@ def main(cfg: Config) -> None:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    start_over_with_openmp()
+    start_over()
     main(parse_args())
