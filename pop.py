@@ -34,7 +34,6 @@ import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import sys
@@ -50,6 +49,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
+import regex as re    # like Python's re, and it knows scripts and punctuation
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -397,8 +397,7 @@ CORPORA = {
 }
 TEXT_COLUMNS = ("text", "description", "content", "document")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces: each character counts as a word.
-NO_SPACES = (r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff"
-             r"\U00020000-\U0003134f")
+NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}"
 WORD = rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+"
 
 def words(text: str) -> list[str]:
@@ -475,7 +474,7 @@ def parse_json(text: str, reply_type: TypeAdapter) -> Any:
 @lru_cache(maxsize=20_000)    # each new task is compared with all before it; about 5 KB per text
 def ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
     """All n-grams of words in a text, in lower case; a text of fewer words is one n-gram."""
-    found = words(re.sub(r"[^\w\s]", " ", text.lower()))    # without punctuation
+    found = words(re.sub(r"[\p{Punctuation}\p{Symbol}]", " ", text.lower()))
     count = max(1, len(found) - n + 1)
     return frozenset(tuple(found[i:i + n]) for i in range(count))
 

@@ -76,6 +76,9 @@ def check_run(cfg: Any) -> None:
     holds_run = (run_dir / "config.json").is_file() and (run_dir / "rollouts").is_dir()
     if holds_run and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
+    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        fail(f"--run_dir {run_dir}: {nearest} is no folder that can be written")
     if cfg.resume and not holds_run:
         fail(f"--run_dir {run_dir}: holds no run to go on with")
     if cfg.resume:

@@ -62,8 +62,9 @@ class Endpoint:
                 likeliest = choice.logprobs.content[0].top_logprobs
                 found = {candidate.token: candidate.logprob for candidate in likeliest}
                 if set(request.next_words) <= set(found):
-                    logprobs = [found[word] for word in request.next_words]
-            return SimpleNamespace(text=choice.message.content or "", engine_logprobs=logprobs,
+                    logprobs = [float(found[word]) for word in request.next_words]
+            text = "" + (choice.message.content or "")    # TypeError if it is no text
+            return SimpleNamespace(text=text, engine_logprobs=logprobs,
                                    finish_reason=choice.finish_reason)
         except openai.OpenAIError as error:
             reason = str(error)
