@@ -1325,7 +1325,7 @@ def clock(metrics: dict[str, Any], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     key = f"seconds/{phase}"
-    metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
+    metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Folder of the last complete checkpoint; one that is being written ends in .part."""

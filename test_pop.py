@@ -2548,7 +2548,8 @@ CHECKS = {    # title: (flags, what must be true after two steps of module m wit
         dict(scoring="pointwise"), lambda m, s, c: not turns(s, "rubric") and "whole answer" in turns(s, "judge")[0]),
     "A judge without a model": ({}, words_rated),
     "Metrics to wandb": ({}, lambda m, s, c: [metrics["step"] for metrics in m.wandb.logged] == [0, 1]),
-    "Offline policy gradient": ({}, lambda m, s, c: set(s.last.calls) == {"check", "base"}),
+    "Offline policy gradient": ({}, lambda m, s, c: set(s.last.calls) == {"check", "base", "close"}),
+    "Self-judging": ({}, lambda m, s, c: s.last.calls == ["check", "base", *["policy"] * 4, "close"]),
     "Temperature schedule": ({}, cools)}
 
 
