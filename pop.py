@@ -1331,14 +1331,14 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """Folder of the last complete checkpoint; one that is being written ends in .part."""
     return max(run_dir.glob("checkpoints/step_" + "[0-9]" * 6), default=None)
 
-def prepare(cfg: Config) -> tuple[str, str, list[str]]:
+def prepare(cfg: Config) -> tuple[str, Path, list[str]]:
     """Model, run folder and documents of a run. Exits with one line on what cannot work."""
     check_run(cfg)
     model = resolve_model(cfg.model)
     check_model(replace(cfg, model=model))
     if cfg.tasks and not cfg.resume:    # a resumed run has its copy
         check_tasks(cfg, held_out=any(g.step == HELD_OUT for g in read_tasks(Path(cfg.tasks))))
-    return model, cfg.run_dir, load_corpus(cfg)
+    return model, Path(cfg.run_dir), load_corpus(cfg)
 
 def start_run(cfg: Config) -> None:
     """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
@@ -1442,7 +1442,8 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     if RANK > 0:
         return
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
-    (part / "trainer").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
+    (part / "trainer").mkdir(parents=True)
     if cfg.lora_rank == 0:
         # save_pretrained refuses some generation configs that load, so it gets none to write.
         model.can_generate = lambda: False
@@ -1494,8 +1495,8 @@ def main(cfg: Config) -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
         dist.broadcast_object_list(found)
-    cfg.model, cfg.run_dir, corpus = found[0]
-    run_dir = Path(cfg.run_dir)
+    folder, run_dir, corpus = found[0]
+    given, cfg = cfg, replace(cfg, model=folder, run_dir=str(run_dir))
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     with engine.building():
@@ -1504,7 +1505,7 @@ def main(cfg: Config) -> None:
     engine.wake()
     engine.check_weights(model)
     if RANK == 0:
-        start_run(cfg)
+        start_run(given)    # config.json holds the name of the model, not where it was found
     judge = judge or engine
     first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
     if gather(newest_checkpoint(run_dir))[0] is None:    # what fails in a save must fail now

@@ -2318,6 +2318,17 @@ def test_date_in_a_template(make_cfg, tiny_policy, tmp_path, vllm):
         assert text == date(2024, 7, 26).strftime(stated) + "Hi"
 
 
+def test_a_model_by_a_short_name_resumes(make_cfg, monkeypatch, tiny_policy, tmp_path):
+    # config.json names the folder where a model was found: the same command with --resume is refused
+    monkeypatch.setattr(pop, "Engine", FakeEngine)
+    monkeypatch.setattr(pop, "resolve_model", lambda name: tiny_policy)
+    for flags in (dict(num_steps=1), dict(num_steps=2, resume=True)):
+        pop.main(make_cfg(model="short/name", **flags))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == "short/name"
+    adapter = tmp_path / "run" / "checkpoints" / "step_000002" / "adapter_config.json"
+    assert json.loads(adapter.read_text())["base_model_name_or_path"] == tiny_policy
+
+
 def test_tekken_tokenizer(make_cfg, tiny_policy, tmp_path, vllm):
     # case 8: AttributeError on a tokenizer that is mistral_common's (tekken.json); its special tokens end a user's turn
     mistral_common = pytest.importorskip("mistral_common")
