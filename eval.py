@@ -450,7 +450,8 @@ class Model(AbstractContextManager):
     def __init__(self, cfg: EvalConfig, name: str) -> None:
         if name.startswith("http"):
             from assets.endpoint import Endpoint
-            self.ask = Endpoint(name, cfg.judge_model, pop.gather, flag="--judge").generate
+            self.ask = Endpoint(name, cfg.judge_model, pop.gather, cfg.scoring,
+                                flag="--judge").generate
             self.pool = ThreadPoolExecutor(1)
             cache = fingerprint(name, cfg.judge_model)
         else:

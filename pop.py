@@ -83,8 +83,8 @@ class Config:
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all roles")
     domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
     corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
-    tasks: str | None = flag(None, "folder of another run's task files, to train on the same tasks")
-    preset: Literal["default", "paper", "tiny"] = flag("default", "of defaults; other flags win")
+    tasks: str | None = flag(None, "another run's task files: same tasks, rubrics, documents")
+    preset: Literal["default", "paper", "tiny"] = flag("default", "defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
     resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
     seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
@@ -110,11 +110,11 @@ class Config:
     no_document_in_rubric: bool = flag(False, "the rubric writer sees task only (paper's ablation)")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
-    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "formula", needs="loss == 'pg'")
+    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "its scale", needs="loss == 'pg'")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
-    length_penalty: float = flag(0.0, "the score loses this x length / the group's mean length")
+    length_penalty: float = flag(0.0, "this x length / the group's mean is taken off")
     dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
-    length_gap: int = flag(100, "most words that a pair differs by (paper)", needs="loss == 'dpo'")
+    length_gap: int = flag(100, "a pair's limit, in words (paper)", needs="loss == 'dpo'")
     lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
     learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
     warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
@@ -127,7 +127,7 @@ class Config:
     max_model_len: int = flag(8192, "tokens of prompt and reply; longer is dropped", needs=FITS)
     # measure, save
     eval_every: int = flag(0, "steps between measures on held-out tasks", needs="not no_document")
-    eval_docs: int = flag(16, "documents held out for that", minimum=2)
+    eval_docs: int = flag(16, "documents held out for that", minimum=2, needs="eval_every")
     save_every: int = flag(50, "steps between checkpoints; the last is always saved", minimum=1)
     @property
     def held_out_docs(self) -> int:
@@ -152,6 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # groups; they share out the prompts of a call (Engine.generate) and the batches of an update.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+HELD_OUT = -1    # the step of a task that nothing is trained on
 CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def gather(value: Any) -> list[Any]:
@@ -404,7 +405,7 @@ def words(text: str) -> list[str]:
     return re.findall(WORD, text)
 
 def cut_words(text: str, count: int) -> str:
-    """The first words of a text, at most 8 characters for each: one may be a file in base64."""
+    """The first words of a text, at most 8 * count characters: a "word" may be a file in base64."""
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
 def load_corpus(cfg: Config) -> list[str]:
@@ -493,7 +494,7 @@ UNSEEN = r"""
         | (according\s+to | based\s+on | sum\s+up | summari[sz]e | read | using | in | by | from
           | of | does | did) \s+ the )
     \s+ (document|text|passage|article|excerpt)s? \b
-    (?! \s+ (of|on|for|that|which|in|from|with|titled|I|you|we|message) \b | [^.?!]* ["“] )
+    (?! \s+ (of|on|that|which|from|titled|I|you|we|message) \b | \s* ["“] | [^.?!]* : \s* ["“] )
   | \b the \s+ (document|text|passage|article|excerpt) \s+
     (says?|mentions?|describes?|discusses|states|explains|provides|is\s+about|above) \b"""
 
@@ -599,7 +600,7 @@ def repack_tied_head(model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 class Engine:
-    """vLLM inside this process: the only place that names it. It holds one copy of the weights."""
+    """vLLM inside this process: the only place that imports it. It holds one copy of weights."""
     def __init__(self, cfg: Config) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # to hand tensors over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -623,7 +624,7 @@ class Engine:
         self.llm = LLM(
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
-            enforce_eager=not self.on_gpu,
+            enforce_eager=not self.on_gpu, use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",    # at the temperature, as token_logprobs has them
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
@@ -631,7 +632,7 @@ class Engine:
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.special, self.stop_ids, self.stop_strings = {}, [], []
         added = self.tokenizer.added_tokens_decoder
-        if callable(added):    # mistral_common's tokenizer: it has no template, and needs no help
+        if callable(added):    # a method: mistral_common's tokenizer, which needs no template
             return
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
@@ -652,8 +653,10 @@ class Engine:
                                                   return_dict=False, strftime_now=TODAY.strftime)
 
     def building(self) -> AbstractContextManager:
-        """A block to build a model in: vLLM patches those classes of transformers that it runs."""
+        """Context for building our model: if vLLM has patched its class, that asks for a config."""
+        from transformers.utils import logging
         from vllm.config import CompilationConfig, set_current_vllm_config
+        logging.disable_progress_bar()    # of loading; all downloads are over
         config = copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
         return set_current_vllm_config(config)
@@ -697,7 +700,7 @@ class Engine:
         return completions
 
     def load_weights(self, model: nn.Module, which: str) -> None:
-        """(Helpers: section 9.) Make the engine hold "base" or "policy" weights; wake it if asleep.
+        """Make the engine hold "base" or "policy" weights; wake it if asleep.
         One way for LoRA and full weights: merged tensors are handed over (an adapter active in the
         engine is 7 to 10 times slower on CPU). The KV cache wakes last: handing over needs room.
         """
@@ -744,13 +747,11 @@ class Engine:
             self.llm.wake_up(tags=list(parts) or None)
 
     def close(self) -> None:
-        """Shut vLLM down; it also ends the process group of several ranks."""
+        """Shut vLLM down. On several ranks that may end torch's process group, too."""
         self.wake()    # what sleeps cannot be freed
         self.llm.llm_engine.engine_core.shutdown()
 
 # ---- 7. self-play ----
-HELD_OUT = -1    # the step of a task that nothing is trained on
-
 def check_names(rubric: list[Criterion]) -> list[Criterion]:
     if len({criterion.name for criterion in rubric}) < len(rubric):
         raise ValueError("two criteria have one name, so that one verdict would count for both")
@@ -983,7 +984,7 @@ def rate_expected(judge: Any, rows: list[tuple[Group, Completion]],
     replies = iter(judge.generate(requests, "judge"))
     results: list[list[float] | None] = []
     for group, _ in rows:
-        # No log-probs: the prompt was too long, or an endpoint gave none of both words.
+        # No log-probs: too long a prompt, or an endpoint that failed or did not give both words.
         logprobs = [next(replies).engine_logprobs or [-math.inf] * 2 for _ in group.rubric]
         yes, both = np.exp(logprobs)[:, 0], np.exp(logprobs).sum(axis=1)    # (K,)
         if both.min() >= 0.1:
@@ -1345,7 +1346,7 @@ def start_run(cfg: Config) -> None:
     run_dir = Path(cfg.run_dir)
     for name in ("rollouts", "tasks", "checkpoints"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
-    if cfg.tasks is not None and not cfg.resume:
+    if cfg.tasks and not cfg.resume:
         shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     # What a killed run logged after its newest checkpoint will be redone: cut it. A line per step.
@@ -1384,11 +1385,10 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
     drops = Counter(f"eval_drop/{group.drop_reason}" for group in groups if group.drop_reason)
-    rewards = []
-    for group in kept(groups):
-        scores = [c.score for c in group.completions if c.score is not None]
-        if scores:
-            rewards.append(np.mean(scores))
+    scores = [[c.score for c in group.completions if c.score is not None] for group in kept(groups)]
+    rewards = [np.mean(row) for row in scores if row]
+    if len(rewards) < len(scores):
+        drops["eval_drop/judge"] = len(scores) - len(rewards)
     if len(rewards) < 2:
         return dict(drops)
     error = np.std(rewards, ddof=1) / math.sqrt(len(rewards))
@@ -1489,14 +1489,14 @@ def main(cfg: Config) -> None:
     judge = None
     if cfg.judge_url:
         from assets.endpoint import Endpoint
-        judge = Endpoint(cfg.judge_url, cfg.judge_model, gather)    # exits if it does not answer
+        judge = Endpoint(cfg.judge_url, cfg.judge_model, gather, cfg.scoring)    # exits if it fails
     found = [prepare(cfg) if RANK == 0 else None]
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
         dist.broadcast_object_list(found)
-    folder, run_dir, corpus = found[0]
-    given, cfg = cfg, replace(cfg, model=folder, run_dir=str(run_dir))
+    model_path, run_dir, corpus = found[0]    # the default run_dir holds the time: ranks differ
+    given, cfg = cfg, replace(cfg, model=model_path, run_dir=str(run_dir))
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     with engine.building():
@@ -1513,7 +1513,7 @@ def main(cfg: Config) -> None:
     held_out, measured = [], []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
-        write_rubrics(engine, held_out, cfg)    # of tasks that a person wrote without
+        write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
     metrics: dict[str, Any] = {}

@@ -278,7 +278,7 @@ def test_flags_that_would_do_nothing(capsys):
             ("--advantage rloo --loss dpo", "loss == 'pg'"), ("--dpo_beta 0.1", "loss == 'dpo'"),
             ("--length_gap 50", "loss == 'dpo'"), ("--judge_url http://x/v1", "judge_model"),
             ("--judge_model m", "judge_url"),
-            ("--no_document --eval_every 5", "not no_document"), ("--learning_rat 1", "--learning_rat"),
+            ("--no_document --eval_every 5", "not no_document"), ("--eval_docs 8", "eval_every"), ("--learning_rat 1", "--learning_rat"),
             ("--beam 4", "--beam"), ("--preset huge", "--preset"), ("--advantage foo", "--advantage"),
             ("--num_steps 1.5", "--num_steps")):
         assert names in fails(capsys, pop.parse_args, line.split()), line
@@ -550,7 +550,8 @@ def test_tasks_that_only_name_a_text():
                  "Which two diseases are described in the text above?", "The passage describes a boy. Who is he?",
                  "Read the text and answer: why is it red?", "What is this document about?",
                  "Use the following excerpt to explain rust.", "What did the author of the article mean?",
-                 "Using the provided documents, explain rust.", "What does the text mention first?"):
+                 "Using the provided documents, explain rust.", "What does the text mention first?",
+                 "Summarize the passage in two sentences.", 'In the passage, what does "grit" mean?'):
         assert outcome(pop.parse_task, json.dumps(dict(task=task, reference="r"))) == "needs_document", task
 
 

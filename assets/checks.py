@@ -15,7 +15,7 @@ from torch import nn
 
 # Settings that a resumed run may change.
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "micro_batch_tokens",
-             "offload_optimizer", "gpu_memory_utilization", "save_every"}
+             "offload_optimizer", "gpu_memory_utilization", "save_every", "judge_url"}
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Config fields that hold a model's longest text, as vLLM reads them.
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
@@ -30,7 +30,7 @@ GIVEN_BY: list[str] = []    # see given_by
 
 @contextmanager
 def given_by(flag: str) -> Iterator[None]:
-    """In the block, the first flag that a message of `fail` names becomes this one of eval.py."""
+    """Inside the block `fail` names this flag of eval.py in place of the first one it would."""
     GIVEN_BY.append(flag)
     try:
         yield
@@ -78,9 +78,12 @@ def check_run(cfg: Any) -> None:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
     nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        fail(f"--run_dir {run_dir}: {nearest} is no folder that can be written")
+        fail(f"--run_dir {run_dir}: {nearest} is not a writable folder")
     if cfg.resume and not holds_run:
-        fail(f"--run_dir {run_dir}: holds no run to go on with")
+        fail(f"--run_dir {run_dir}: holds no run to resume")
+    made = [int(folder.name[-6:]) for folder in run_dir.glob("checkpoints/step_" + "[0-9]" * 6)]
+    if cfg.resume and max(made, default=0) > cfg.num_steps:
+        fail(f"--num_steps {cfg.num_steps}: {run_dir} has made {max(made)} already")
     if cfg.resume:
         before = json.loads((run_dir / "config.json").read_text())
         for name, value in asdict(cfg).items():
@@ -92,11 +95,11 @@ def check_run(cfg: Any) -> None:
 
 
 def check_tasks(cfg: Any, held_out: bool) -> None:
-    """Exit if --tasks has no task files, or holds out no documents although the run measures."""
+    """Exit if --tasks has no task files, or no held-out tasks although the run measures."""
     if not list(Path(cfg.tasks).glob("*.jsonl")):
         fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
     if cfg.eval_every and not held_out:
-        fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} holds out no documents")
+        fail(f"--eval_every {cfg.eval_every}: {cfg.tasks} has no held-out tasks")
 
 
 def check_model(cfg: Any) -> None:
@@ -199,14 +202,14 @@ def memory_problem(model: nn.Module, cfg: Any) -> str | None:
         return f"--model {cfg.model}: {need(weight)} at {cfg.dtype}, {has}; name a smaller one"
     if cfg.lora_rank > 0:
         return None
-    offloaded = (weight + gradient) / ranks
-    each = offloaded if cfg.offload_optimizer else offloaded + optimizer / ranks
-    if count * each <= memory:
+    on_gpu = (weight + gradient) / ranks    # bytes for each parameter
+    bytes_each = on_gpu if cfg.offload_optimizer else on_gpu + optimizer / ranks
+    if count * bytes_each <= memory:
         return None
     remedy = "use more GPUs, or LoRA (--lora_rank 32)"
-    if not cfg.offload_optimizer and count * offloaded <= memory:
+    if not cfg.offload_optimizer and count * on_gpu <= memory:
         remedy = f"add --offload_optimizer, {remedy}"
-    return f"--lora_rank 0: full weights, {need(each)} on each GPU, {has}; {remedy}"
+    return f"--lora_rank 0: full weights, {need(bytes_each)} on each GPU, {has}; {remedy}"
 
 
 def template_problem(cfg: Any) -> str | None:

@@ -22,7 +22,7 @@ def read_texts(name: str, revision: str | None, columns: Sequence[str],
 
     Exits with one line if the corpus cannot be read.
     """
-    def exits(error: Exception) -> None:
+    def fail_reading(error: Exception) -> None:
         fail(f"--corpus {name}: cannot be read, give a hub dataset or a {'/'.join(FORMATS)} file "
              f"({one_line(error)})")
 
@@ -33,14 +33,14 @@ def read_texts(name: str, revision: str | None, columns: Sequence[str],
                 # A million characters is about a novel; to split more takes gigabytes.
                 yield text[:1_000_000] if isinstance(text, str) else None
         except Exception as error:    # the library raises many kinds
-            exits(error)
+            fail_reading(error)
 
     try:
         rows = read_rows(name, revision, seed)
         first = list(islice(rows, 1000))    # in shuffled order, so no bad stretch decides
         column = text_column(first, columns)
     except Exception as error:
-        exits(error)
+        fail_reading(error)
     return column, texts()
 
 

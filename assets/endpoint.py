@@ -1,36 +1,35 @@
 """A judge at an OpenAI-compatible URL, for pop.py --judge_url and eval.py --judge."""
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import openai
+
+from assets.checks import fail
 
 
 class Endpoint:
     """Has the method `generate` of pop.Engine, as pop.ask needs it. Exits if it does not answer.
 
     url: of the API, such as http://host/v1; the key is in $OPENAI_API_KEY. gather: pop.gather, so
-    that of several ranks the first one asks and all get the replies. flag: what gave the URL.
+    that of several ranks the first one asks and all get the replies. scoring: as in pop.py; with
+    "expected" it must give log-probs, too. flag: what gave the URL.
     """
 
     def __init__(self, url: str, model: str, gather: Callable[[Any], list[Any]],
-                 flag: str = "--judge_url") -> None:
+                 scoring: str, flag: str = "--judge_url") -> None:
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=4)
         self.model = model
         self.gather = gather
         hello = SimpleNamespace(messages=[dict(role="user", content="Hello")], temperature=0.0,
-                                seed=0, max_tokens=9, schema=None, next_words=None)
+                                seed=0, max_tokens=9, schema=None,
+                                next_words=["Yes"] if scoring == "expected" else None)
         reply = self.complete(hello)
         if reply.finish_reason == "endpoint":
-            reason = " ".join(reply.text.split())
-            print(f"{Path(sys.argv[0]).name}: {flag} {url} --judge_model {model}: {reason}",
-                  file=sys.stderr)
-            raise SystemExit(2)
+            fail(f"{flag} {url} --judge_model {model}: {' '.join(reply.text.split())}")
 
     def generate(self, requests: Sequence[Any], role: str) -> list[SimpleNamespace]:
         """A reply (text, finish_reason) to each pop.Request, 32 at once."""

@@ -47,7 +47,8 @@ def check(row: dict[str, Any]) -> None:
 def verify(row: dict[str, Any], answer: str) -> dict[str, list[float]] | None:
     """row: a line of IFEval's file -> {prompt_level_strict_acc: [1.0 if all is followed, else 0.0],
     inst_level_strict_acc: a number for each instruction, and the two loose ones}.
-    An entry of kwargs may be None. None for an answer that cannot be checked, such as JSON nested a thousand deep.
+    An entry of kwargs may be None. None for an answer that cannot be checked, such as JSON nested a
+    thousand deep.
     """
     row = row | dict(kwargs=[arguments or {} for arguments in row["kwargs"]])
     random.seed(0)    # two checks draw a random letter

@@ -1,4 +1,4 @@
-"""What a program must set before Python starts, for pop.py and eval.py."""
+"""What a program should set before Python starts, for pop.py and eval.py."""
 import os
 import re
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-# Libraries tell what they could not find or will rename some day: about a dozen lines a start.
+# Libraries print about a dozen lines of notices at every start.
 QUIET = dict(PYTHONWARNINGS="ignore::FutureWarning", TORCH_CPP_LOG_LEVEL="ERROR", TORCH_LOGS="-all")
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 
-def compare(pairs: list[list[tuple[list[float], list[float]]]], clip: bool = False) -> dict[str, Any]:
+def compare(pairs: list[list[tuple[list[float], list[float]]]],
+            clip: bool = False) -> dict[str, Any]:
     """Points of (model, baseline) for each answer to each prompt -> the two means and their
     difference as [value, low, high], and how many answers won, tied, lost. The intervals are 95% of
     2,000 paired bootstrap draws over prompts, since answers to one prompt are not independent.
