@@ -3812,7 +3812,7 @@ def test_judge_at_an_endpoint(kind, make_cfg, monkeypatch, capsys, request, tmp_
         assert all(c.ratings is None or len(c.ratings) == 3 and set(c.ratings) <= {0.0, 1.0, 2.0} for c in completions)
         return [c.score for c in completions], group.failures
     try:
-        judge = Endpoint(url, "judge", pop.gather)
+        judge = Endpoint(url, "judge", pop.gather, cfg.scoring)
         found = scores()
         if kind == "protocol":
             assert found == ([0.5, 0.5, None], ["judge/no_json"] * (1 + pop.RETRIES))
