@@ -831,15 +831,10 @@ def test_engine_and_trainer_take_turns(make_cfg, monkeypatch):
 
 def test_backends_of_several_gpus(make_cfg, monkeypatch):
     """Case 2a: gradients of offloaded optimizers are clipped on the host by a group that has no CPU backend."""
-    class Started(Exception):
-        pass
-
-    def init(backend, **options):
-        raise Started(backend)
     monkeypatch.setattr(pop, "WORLD", 2)
-    monkeypatch.setattr(pop.dist, "init_process_group", init)
+    monkeypatch.setattr(pop.dist, "init_process_group", lambda backend, **options: pytest.fail(backend))
     for backend in ("gloo", "cpu:gloo,cuda:nccl"):
-        with pytest.raises(Started, match=f"^{backend}$"):
+        with pytest.raises(pytest.fail.Exception, match=f"^{backend}$"):
             pop.main(make_cfg())
         pretend_cuda(monkeypatch)
 
@@ -1402,8 +1397,8 @@ def test_a_run_that_cannot_save_does_not_begin(make_cfg, monkeypatch, tiny_polic
     given = dict(temperature=0.6, top_p=0.9, do_sample=False, eos_token_id=[257, 2], repetition_penalty=1.1)
     model, run = copied(tiny_policy, tmp_path / "model", "generation_config.json", **given), tmp_path / "run"
     flags = dict(model=model, lora_rank=0, num_steps=1)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(pop, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="disk full"):
+        patch.setattr(pop, "save_file", lambda *args: pytest.fail("disk full"))
         pop.main(make_cfg(**flags))
     assert names_in(run / "rollouts") == [] and names_in(run / "checkpoints") == ["step_000000.part"]
     pop.main(make_cfg(**flags, resume=True))
@@ -2623,7 +2618,13 @@ def test_expected_at_an_endpoint(make_cfg):
     assert all((o["logprobs"], o["top_logprobs"], o["max_completion_tokens"]) == (True, 20, 1) for o in asked)
 
 def test_endpoint_without_a_verdict(make_cfg):
-    """Case 15: status 200 with an error, a page, no choices or no message kills the run; prose gets a score."""
+    """Case 15: status 200 with an error, a page, no choices or no message kills the run, or a connection that was lost;
+    prose gets a score."""
+    import openai
+
+    def lost(**options):
+        raise openai.OpenAIError("connection refused")
+
     def create(**options):
         text = "Quite good." if "odd" in str(options["messages"]) else verdict_reply(facts=1, tone=1)
         assert options["response_format"]["json_schema"]["schema"]["required"] == ["facts", "tone"]
@@ -2631,10 +2632,11 @@ def test_endpoint_without_a_verdict(make_cfg):
     group = Group("d", step=0, task="t", rubric=RUBRIC, completions=answers_of("good", "odd"))
     pop.score_answers(endpoint(create), [group], make_cfg(scoring="pointwise"))
     assert [c.score for c in group.completions] == [0.5, None] and group.failures == ["judge/no_json"] * 3
-    for body in (SimpleNamespace(choices=None), "<html>", SimpleNamespace(choices=[]),
-                 SimpleNamespace(choices=[SimpleNamespace(message=None, finish_reason="stop")])):
+    bodies = (SimpleNamespace(choices=None), "<html>", SimpleNamespace(choices=[]),
+              SimpleNamespace(choices=[SimpleNamespace(message=None, finish_reason="stop")]))
+    for create in (lost, *(lambda body=body, **options: body for body in bodies)):
         request = Request([], max_tokens=9, schema={}, parse=str, group=(group := Group("d", rubric=RUBRIC)))
-        assert pop.ask(endpoint(lambda **_: body), "judge", [request], make_cfg()) == [None]
+        assert pop.ask(endpoint(create), "judge", [request], make_cfg()) == [None]
         assert group.failures == ["judge/endpoint"] * 3
 
 # ---- the real engine: each in a process of its own, because vLLM starts only once in a process ----
@@ -2833,7 +2835,7 @@ def test_a_full_checkpoint_judges_at_vllms_server(needs_vllm, make_cfg, monkeypa
     pytest.importorskip("uvicorn")
     from assets.endpoint import Endpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    run_python(*TINY, "--num_steps", 1, "--lora_rank", 0, "--learning_rate", "1e-5", "--run_dir", tmp_path)
+    run_python(*TINY, "--num_steps", 1, "--lora_rank", 0, "--learning_rate", "1e-6", "--run_dir", tmp_path)
     [metrics] = read_lines(tmp_path / "metrics.jsonl")
     assert metrics["groups_kept"] > 0 and metrics["engine_gap"] < 1e-3 and metrics["grad_norm"] > 0
     folder = tmp_path / "checkpoints" / "step_000001"
