@@ -2923,7 +2923,7 @@ def test_a_real_evaluation(needs_vllm, tmp_path):
     cfg = pop.parse_args(["--preset", "tiny", "--lora_rank", "4"])
     cfg.model = pop.resolve_model(cfg.model)
     base, model, tokenizer = pop.load_policy(cfg), pop.load_policy(cfg), AutoTokenizer.from_pretrained(cfg.model)
-    randomised(model, 0.02)
+    randomised(model, 0.04)
     pop.save_checkpoint(tmp_path, 1, model, pop.make_optimizer(model, cfg), tokenizer, cfg)
     prompts = "What is red?", "Name two birds.", "Who are you?"
     rows = [json.dumps(dict(prompt=text, rubric=RUBRIC_ROWS)) for text in prompts]
