@@ -1458,10 +1458,14 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
                 (dict(model=none), f"--model {none}: no model folder"),
                 (dict(model=run / "checkpoints" / "step_000001"),    # case 6: a message about its model_type
                  f"a LoRA adapter; name its base model {make_cfg().model}, or to go on with a run of pop.py give its"),
-                (dict(run_dir=slip / "step_000000.jsonl" / "a"), "step_000000.jsonl is no folder that can be written"),
+                (dict(run_dir=slip / "step_000000.jsonl" / "a"), "step_000000.jsonl is not a writable folder"),
                 (dict(dtype="bfloat16"), "no CUDA device"),
                 (dict(corpus=none), f"--corpus {none}: cannot be read")):
             assert words in fails(capsys, pop.main, make_cfg(**dict(run_dir=tmp_path / "new") | flags))
+        later = run / "checkpoints" / "step_000003"
+        later.mkdir()
+        assert f"{run} has made 3 already" in fails(capsys, pop.main, make_cfg(num_steps=2, resume=True))
+        later.rmdir()
     same = make_cfg(num_steps=1, resume=True)
     for name, value in dataclasses.asdict(same).items():
         other = f"other {value}" if value is None or isinstance(value, str) else value + 1
