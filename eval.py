@@ -41,7 +41,7 @@ from transformers import AutoConfig
 from typing_extensions import TypedDict
 
 import pop
-from assets.checks import given_by
+from assets.checks import given_by, one_line
 from assets.startup import start_over
 from assets.statistics import agreement, compare, interval
 from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag, limited_text
@@ -311,10 +311,10 @@ BENCHMARKS = {
 }
 
 def reason(error: Exception) -> str:
-    """What is wrong, in one line."""
-    faults = [f"{type(error).__name__}: {error}"]
-    if isinstance(error, ValidationError):
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+    """What is wrong, in one line: of a row, which fields."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
     return " ".join("; ".join(faults).split())[:300]
 
 def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[Any]:

@@ -83,8 +83,8 @@ class Config:
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all roles")
     domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
     corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
-    tasks: str | None = flag(None, "another run's task files: same tasks, rubrics, documents")
-    preset: Literal["default", "paper", "tiny"] = flag("default", "defaults; other flags win")
+    tasks: str | None = flag(None, "folder of another run's tasks: same documents and rubrics")
+    preset: Literal["default", "paper", "tiny"] = flag("default", "of defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
     resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
     seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
@@ -110,11 +110,11 @@ class Config:
     no_document_in_rubric: bool = flag(False, "the rubric writer sees task only (paper's ablation)")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
-    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "its scale", needs="loss == 'pg'")
+    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "formula", needs="loss == 'pg'")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
-    length_penalty: float = flag(0.0, "this x length / the group's mean is taken off")
+    length_penalty: float = flag(0.0, "taken off: this x length / the group's mean length")
     dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
-    length_gap: int = flag(100, "a pair's limit, in words (paper)", needs="loss == 'dpo'")
+    length_gap: int = flag(100, "largest gap in a pair, in words (paper)", needs="loss == 'dpo'")
     lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
     learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
     warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
@@ -1334,7 +1334,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def prepare(cfg: Config) -> tuple[str, Path, list[str]]:
     """Model, run folder and documents of a run. Exits with one line on what cannot work."""
-    check_run(cfg)
+    check_run(cfg, newest_checkpoint(Path(cfg.run_dir)))
     model = resolve_model(cfg.model)
     check_model(replace(cfg, model=model))
     if cfg.tasks and not cfg.resume:    # a resumed run has its copy

@@ -1472,9 +1472,9 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
         other = f"other {value}" if value is None or isinstance(value, str) else value + 1
         changed = dataclasses.replace(same, **{name: other})
         if name in checks.RESUMABLE - {"run_dir", "resume"}:
-            pop.check_run(changed)
+            pop.check_run(changed, None)
         elif name not in checks.RESUMABLE:
-            line = fails(capsys, pop.check_run, changed)
+            line = fails(capsys, pop.check_run, changed, None)
             assert f"--{name} {other}:" in line and f"run with {value};" in line
     assert not checks.RESUMABLE & {"model", "seed", "corpus", "docs_per_step", "loss", "lora_rank", "learning_rate"}
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/*") if path.is_file()}

