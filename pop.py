@@ -1217,7 +1217,6 @@ def collate(completions: Sequence[Completion], weight: float, device: torch.devi
     def pad(rows: list[list[Any]]) -> Tensor:    # (B, T)
         tensors = [torch.tensor(row, device=device) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
     before = [[0] * len(c.prompt_ids) for c in completions]
     return Batch(
         input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
@@ -1594,6 +1593,7 @@ def main(cfg: Config) -> None:
     engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(1)    # gloo's threads free tensors late, which crashes a Python that is ending
 
 if __name__ == "__main__":
     start_over()
