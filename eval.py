@@ -701,9 +701,12 @@ def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
     run, step, task = np.array(places).T    # (N,) each
     measures, steps = np.array(measures), np.unique(step).tolist()
     values = averages(run, step, measures)    # (runs, steps, MEASURES)
-    for folder, rewards in zip(runs, values[..., 1].tolist(), strict=True):
-        file = Path(folder, f"rejudge-{cfg.judge_model.replace('/', '_')}.json")
-        file.write_text(json.dumps(dict(judge=cfg.judge_model, steps=steps, rewards=rewards)))
+    answers = np.column_stack([step, task, measures.round(4)])
+    judge = f"{cfg.judge_model}-{cfg.scoring}".replace("/", "_")
+    for number, folder in enumerate(runs):
+        found = dict(judge=judge, steps=steps, rewards=values[number, :, 1].tolist(),
+                     columns=["step", "task", *MEASURES], answers=answers[run == number].tolist())
+        Path(folder, f"rejudge-{judge}.json").write_text(json.dumps(found))
     if len(runs) == 1:
         values = averages(task, step, measures)    # (tasks, steps, MEASURES)
     table = []

@@ -2548,13 +2548,15 @@ def test_rejudge(evaluation, tmp_path, capsys):
     assert "| 2 | 0.250 | 1.000 | 1.000 | 1.000 | 0.000 | 1.500 |" in printed    # without nobody's
     assert "| 3 | 0.250 | 1.000 | 1.000 | 1.000 | 1.000 | 3.000 |" in printed    # calm is the golds' only long word
     assert "| change [95%] | +0.000 [+0.000, +0.000] | +0.750 [+0.750, +0.750] | +0.250" in printed
-    saved = json.loads((tmp_path / "two" / "rejudge-judge.json").read_text())
-    assert saved == dict(judge="judge", steps=[0, 2, 3], rewards=[0.25, 1.0, 1.0])
+    saved = json.loads((tmp_path / "two" / "rejudge-judge-pointwise.json").read_text())
+    assert saved["steps"] == [0, 2, 3] and saved["rewards"] == [0.25, 1.0, 1.0]
+    last = dict(zip(saved["columns"], saved["answers"][-1], strict=True))
+    assert last["task"] == 1 and last["this judge"] == 1.0 and last["words"] == 3
     evaluation.calls.clear()
     evals.main(["rejudge", runs[0], *flags])    # of one run: over its tasks, and all is in the cache
     assert "12 answers, 2 without" in capsys.readouterr().out
     page = read_report(tmp_path / "one", tmp_path / "evals")
-    assert [row["eval_reward by judge"] for row in page["metrics"]] == [0.25, None, 1.0, 1.0]
+    assert [row["eval_reward by judge-pointwise"] for row in page["metrics"]] == [0.25, None, 1.0, 1.0]
     once = write_run(tmp_path / "once", steps[:1])
     assert "--eval_every" in fails(capsys, evals.main, ["rejudge", str(once), *flags])
 

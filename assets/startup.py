@@ -22,4 +22,4 @@ def start_over() -> None:
     # LD_PRELOAD is split at spaces and colons, so a path with one of them cannot be in it.
     if openmp.exists() and not re.search(r"[\s:]", str(openmp)):
         environment.setdefault("LD_PRELOAD", str(openmp))
-    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    os.execve(sys.executable, sys.orig_argv, environment)    # with its -m, if any
