@@ -1,14 +1,17 @@
 """Measurements, not tests, of minutes to an hour each: python -m pytest assets/bench.py -s    (-k takes one)
 
 Updates and DPO beside TRL's (pip install --no-deps trl==1.16.0), memory over many steps, the two kinds of scoring,
-rollouts beside the published schedule, and the paper's preset in small.
+rollouts beside the published schedule, and the paper's preset in small. Two need what requirements-cpu.txt does not
+install: matplotlib, and a browser.
 """
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +21,13 @@ import numpy as np
 import pytest
 
 # Before torch: this sets the environment. needs_vllm and tiny_policy are fixtures.
-from test_pop import (TINY, found_by, needs_vllm, read_lines, rollouts, run_python, start_real, start_server,
-                      tiny_policy)
+from test_pop import needs_vllm, read_report, tiny_policy
 
 import torch
 
 import pop
+from assets.fake_engine import MARKUP, RUBRIC_ROWS, read_lines, rollouts, write_lines, write_run
+from assets.processes import TINY, found_by, run_python, start_real, start_server
 from pop import Completion, Group, ParseError
 
 # Two steps on given answers, here and by TRL: speed of the second, most memory, numbers of the first.
@@ -139,9 +143,9 @@ def test_update_against_trl(batch, rank, budget, unchecked, needs_vllm, tiny_pol
                  for i, answer in enumerate(ids[1:])]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):    # in turn: the machine's speed drifts
-        own = found_by(OWN_STEP, model, file, rank, budget, 0)
+        own = found_by("-c", OWN_STEP, model, file, rank, budget, 0)
         for size, checkpointing in ((2, 1), (unchecked, 0)):
-            trl = found_by(TRL_STEP, model, file, rank, size, checkpointing)
+            trl = found_by("-c", TRL_STEP, model, file, rank, size, checkpointing)
             print(f"\n| {batch} | {f'LoRA {rank}' if rank else 'full'}, {budget} | checkpointing {checkpointing} "
                   f"| {own['rate']:.0f} / {trl['rate']:.0f} tokens/s | {own['rate'] / trl['rate']:.2f}x "
                   f"| {own['peak']:.2f} / {trl['peak']:.2f} GB | {own['peak'] / trl['peak']:.2f}x |", flush=True)
@@ -320,7 +324,7 @@ def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
                 if name == "official":
                     seconds, scores = official_schedule(url, documents, cfg)
                 else:
-                    seconds, scores = found_by(ROLLOUTS, step, *flags, "--scoring", name)
+                    seconds, scores = found_by("-c", ROLLOUTS, step, *flags, "--scoring", name)
                 spread = [group for group in scores if group and max(group) - min(group) > 1e-6]
                 counts = len(documents), sum(map(len, scores)), sum(map(len, spread))
                 an_hour[name] = [round(3600 * count / seconds) for count in counts]
@@ -423,3 +427,43 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     assert sorted(trained) == sorted(text for pair in expected for text in pair)
     losses = [m["loss"] for m in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in m]
     assert losses and losses == pytest.approx([math.log(2)] * len(losses), abs=1e-3)
+
+
+def test_curves(tmp_path, capsys):
+    """A point that one run lacks is drawn, or the last step's training metrics are taken for a measure."""
+    pytest.importorskip("matplotlib")
+    from assets import curves
+    files = [str(tmp_path / f"{run}.jsonl") for run in range(3)]
+    for file, shift in zip(files, (0.0, 0.1, 0.2), strict=True):
+        rows = [dict(step=step, reward_mean=0.1 * step + shift, answer_tokens=40.0 - step) for step in range(8)]
+        rows.append(dict(step=8))
+        for step, reward in ((0, 0.2), (4, 0.5), (8, 0.4 + shift)):
+            rows[step] |= dict(eval_reward=reward, eval_closed=0.5 if step == 0 else 1.0)    # older runs say closed
+        write_lines(Path(file), rows[:8] if file == files[2] else rows)    # its last measure is missing
+    curves.main(files[:2], tmp_path / "learning.svg")
+    printed, half = capsys.readouterr().out, 12.71 * np.std([0.2, 0.3], ddof=1) / 2 ** 0.5
+    assert f"| held-out reward | 0.200 | 0.450 | +0.250 [{0.25 - half:+.3f}, {0.25 + half:+.3f}] |" in printed
+    assert "| held-out reward of the finished ones | 0.400 | 0.450 | +0.050" in printed
+    assert "| training reward | 0.100 | 0.700 | +0.600 [+0.600, +0.600] |" in printed    # quarters of the steps
+    curves.main(files, tmp_path / "learning.svg")
+    assert "| held-out reward | 0.200 | 0.500 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="two runs"):
+        curves.main(files[:1], tmp_path / "learning.svg")
+
+
+def test_report_in_a_browser(tmp_path):
+    """The page's script fails, runs a text, or makes one wait with 10,000 answers."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no browser")
+    groups = [(text, RUBRIC_ROWS, [text] * 10) for text in MARKUP + ["word " * 200] * 8]
+    page, _ = read_report(write_run(tmp_path / "run", [groups] * 100), tmp_path)
+    probe = ("<script>addEventListener('load', () => setTimeout(() => { document.querySelector('main details').open = "
+             "true; setTimeout(() => document.documentElement.dataset.seen = [document.title, "
+             "performance.getEntriesByType('paint').at(-1).startTime, document.querySelectorAll('main > details')"
+             ".length, document.querySelectorAll('main article').length].join('|'), 500) }, 500))</script>")
+    nonce = re.search(r"'nonce-(\w+)'", page)[1]
+    file = tmp_path / "run" / "report.html"
+    file.write_text(page + probe.replace("<script>", f'<script nonce="{nonce}">'))
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
+                           "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    title, paint, tasks, articles = re.search(r'data-seen="(.*?)"', done.stdout)[1].split("|")
+    assert title == "run" and float(paint) < 2000 and int(tasks) == 10 and int(articles) == 10
