@@ -1622,7 +1622,7 @@ EDITS = edits()
 def test_documented_names_and_links():
     """A name, link or file that the text gives is gone, a file is not listed, no test applies an edit."""
     added = "".join(new for hunks in EDITS.values() for _, new in hunks)
-    sources = added + "".join(page(name) for name in ("pop.py", "eval.py", "requirements-cpu.txt"))
+    sources = added + "".join(page(name) for name in ("pop.py", "eval.py", "assets/bench.py", "requirements-cpu.txt"))
     known = {"help", *re.findall(r"^    (\w+): (?:.*= flag\(|Literal)", sources, re.MULTILINE)}
     for source in PAGES:
         text = re.sub(r"```.*?```", "", page(source), flags=re.DOTALL)
@@ -2154,7 +2154,7 @@ def test_rejudge(evaluation, tmp_path, capsys):
     saved = json.loads((tmp_path / "two" / "rejudge-judge-pointwise.json").read_text())
     assert saved["steps"] == [0, 2, 3] and saved["rewards"] == [0.25, 1.0, 1.0]
     last = dict(zip(saved["columns"], saved["answers"][-1], strict=True))
-    assert last["task"] == 1 and last["this judge"] == 1.0 and last["words"] == 3
+    assert last["task"] == 2 and last["this judge"] == 1.0 and last["words"] == 3
     evals.main(["rejudge", runs[0], *flags])    # of one run: over its tasks
     assert "12 answers, 2 without" in capsys.readouterr().out
     _, data = read_report(tmp_path / "one", tmp_path / "evals")
