@@ -617,8 +617,8 @@ class Engine:
             torch._dynamo.config.disable = True
             # vLLM on CPU fails if a seeded prompt is split over two of its batches, so none is.
             # Prompts share blocks of 32 tokens, not 128: 1.3 times as fast.
-            device = dict(kv_cache_memory_bytes=2 << 30, block_size=32,
-                          enable_chunked_prefill=False, max_num_batched_tokens=32768)
+            device = dict(kv_cache_memory_bytes=2 << 30, enable_chunked_prefill=False,
+                          block_size=32, max_num_batched_tokens=max(32768, cfg.max_model_len))
         if WORLD > 1:
             device["distributed_executor_backend"] = "external_launcher"    # that is torchrun
         self.llm = LLM(

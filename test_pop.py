@@ -151,8 +151,7 @@ def test_presets_and_derived_values():
                  num_steps=256, warmup_steps=25, docs_per_step=16, num_generations=32, temperature=1.0,
                  max_doc_words=1024, max_new_tokens=6144, answer_form="tagged", scoring="pointwise",
                  rubric_candidates=11)
-    for flags, expected in (
-            ("", dict(learning_rate=1e-4, warmup_steps=5, task_steps=8)),
+    for flags, expected in (("", dict(learning_rate=1e-4, warmup_steps=5, task_steps=8)),
             ("--preset tiny", pop.PRESETS["tiny"] | dict(learning_rate=3e-4)),
             ("--num_steps 9 --preset tiny --learning_rate 0.5", dict(num_steps=9, learning_rate=0.5, lora_rank=16)),
             ("--preset tiny --lora_rank 0", dict(learning_rate=1e-6)), ("--task_steps 3", dict(task_steps=3)),
@@ -664,6 +663,9 @@ def test_engine_and_trainer_take_turns(make_cfg, monkeypatch):
     settings = FakeEngine.last.settings
     assert settings["enable_sleep_mode"] and settings["max_num_seqs"] == 256 and not settings["enforce_eager"]
     assert [m["peak_memory_gb"] for m in read_lines(Path(cfg.run_dir) / "metrics.jsonl")] == [5.0, 5.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)    # there a prompt split over two batches crashes
+    cpu = SleepingEngine(pop.replace(cfg, max_model_len=40_000)).settings
+    assert not cpu["enable_chunked_prefill"] and cpu["max_num_batched_tokens"] == 40_000
 
 def test_backends_of_several_gpus(make_cfg, monkeypatch):
     """Case 2a: gradients of offloaded optimizers are clipped on the host by a group that has no CPU backend."""
