@@ -1391,9 +1391,9 @@ def test_tekken_tokenizer(make_cfg, tiny_policy, tmp_path, vllm):
 
 def test_programs_start_over(monkeypatch, tmp_path):
     """Case 25: LD_PRELOAD is split at spaces and colons, so that each process complains about two halves of a path; a
-    program starts over again and again, or beside a GPU."""
+    program starts over again and again, without its -m, or beside a GPU."""
     def execve(program, argv, environment):
-        raise SystemExit((environment.get("LD_PRELOAD"), environment.get("TORCH_LOGS")))
+        raise SystemExit((environment.get("LD_PRELOAD"), environment.get("TORCH_LOGS"), argv == sys.orig_argv))
     monkeypatch.setattr(os, "execve", execve)
     for name in ("LD_PRELOAD", "POP_STARTED", "TORCH_LOGS"):
         monkeypatch.delenv(name, raising=False)
@@ -1405,7 +1405,7 @@ def test_programs_start_over(monkeypatch, tmp_path):
         for program in ("pop.py", "eval.py"):
             with pytest.raises(SystemExit) as stop:
                 runpy.run_path(str(REPO / program), run_name="__main__")
-            assert stop.value.code == (str(openmp) if name == "venv" else None, "-all")
+            assert stop.value.code == (str(openmp) if name == "venv" else None, "-all", True)
     monkeypatch.setenv("POP_STARTED", "yes")
     startup.start_over()
     monkeypatch.delenv("POP_STARTED")

@@ -5,7 +5,7 @@
     python -m assets.learning pairs RUN                      # 20 pairs to read blind, and their key
 
 `table` needs the files that `python eval.py rejudge RUN .. --judge JUDGE` writes into each run; JUDGE
-names one: rejudge-JUDGE.json. It writes assets/learning.svg (needs matplotlib).
+names one: rejudge-JUDGE.json. It writes assets/learning.svg over the first edition's (needs matplotlib).
 """
 import json
 import random
