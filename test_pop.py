@@ -736,7 +736,7 @@ def test_plain_answers_are_sampled_once(make_cfg):
     pop.sample_answers(engine, groups, cfg)
     requests = [request for _, request in engine.asked]
     assert engine.calls == [("solver", 24)] and len({request.seed for request in requests}) == 24
-    assert {(r.temperature, r.max_tokens, r.logprobs, r.schema is None) for r in requests} == {(0.9, 128, True, True)}
+    assert {(r.temperature, r.max_tokens, r.logprobs, r.schema is None) for r in requests} == {(0.9, 96, True, True)}
     assert ["Task 0?" in whole_prompt(r) for r in requests] == [True] * 12 + [False] * 12
     finished = [[c.answer != "" for c in group.completions] for group in groups]    # FakeEngine cuts off one of four
     assert finished == [[False, True, True, True] * 3, [], [False, True, True, True] * 3]
@@ -1130,7 +1130,7 @@ def test_update_of_a_run_by_hand(make_cfg, monkeypatch, tmp_path):
                 metrics = dict(dpo_margin=margins.mean(), dpo_accuracy=(margins > 0).float().mean())
             else:
                 ratio = gap.detach().exp()
-                scale = torch.tensor([[c.advantage] for c in rows]) / (3 * 4 * 128)
+                scale = torch.tensor([[c.advantage] for c in rows]) / (3 * 4 * 96)
                 loss = -(ratio.clamp(max=0.9) * scale * logprobs)[mask].sum()
                 metrics = dict(entropy=-logprobs[mask].mean(), engine_gap=gap[mask].abs().mean(),
                                ratio_clipped=(ratio[mask] > 0.9).float().mean())
