@@ -51,7 +51,8 @@ CUDA = torch.cuda.is_available()
 @dataclass
 class EvalConfig:
     """Every setting; each field is a flag of the same name. `None`: see `check_settings`."""
-    model: str | None = flag(None, "checkpoint of a run, model folder or hub name")
+    model: str | None = flag(None, "checkpoint of a run, model folder or hub name",
+                             title="models, prompts and answers")
     baseline: str | None = flag(None, "model to compare with; default: what a LoRA model adapts")
     benchmark: str | None = flag(None, "prompts, and how answers are judged: see BENCHMARKS")
     data: str | None = flag(None, "file in the benchmark's format; own: task file, prompts, corpus")
@@ -62,13 +63,15 @@ class EvalConfig:
     max_new_tokens: int = flag(2048, "tokens in an answer", minimum=1,
                                needs="max_new_tokens < max_model_len")
     answer_form: Literal["plain", "tagged"] = flag("plain", "own: as in pop.py")
-    judge: str | None = flag(None, "model folder, hub name, or OpenAI-compatible URL")
+    domain: Literal["general", "health", "writing"] = flag("general", "own: as in pop.py")
+    judge: str | None = flag(None, "model folder, hub name, or OpenAI-compatible URL",
+                             title="judge")
     judge_model: str | None = flag(None, "model name at that URL; its key: $OPENAI_API_KEY",
                                    needs="str(judge).startswith('http')")
-    domain: Literal["general", "health", "writing"] = flag("general", "own: as in pop.py")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "own: as in pop.py")
     labels: str | None = flag(None, "JSONL of {prompt, answer, criterion, points, criteria_met}")
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16" if CUDA else "float32", "of models")
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16" if CUDA else "float32", "of models",
+                                                 title="engine, files")
     max_model_len: int = flag(16384, "tokens of prompt and reply; longer ones are left out")
     out: str = flag("evals", "folder of results and caches")
 

@@ -68,19 +68,20 @@ from assets.corpus import read_texts
 from assets.startup import start_over
 
 # ---- 2. config ----
-def flag(default: Any, help: str, *, minimum: float = 0, needs: str = "True") -> Any:
-    """A setting. minimum: a smaller number is refused. needs: a Python condition on the settings;
-    the flag may be given only where it holds.
+def flag(default: Any, help: str, minimum: float = 0, needs: str = "True", title="") -> Any:
+    """A setting. minimum: a smaller number is refused. needs: a Python condition on the settings,
+    without which the flag is refused. title: of the flags from here on, in --help.
     """
-    return field(default=default, metadata=dict(help=help, minimum=minimum, needs=needs))
+    metadata = dict(help=help, minimum=minimum, needs=needs, title=title)
+    return field(default=default, metadata=metadata)
 
 FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 1300"    # 1300: examples, rubric
 
 @dataclass
 class Config:
     """Every setting of a run, each a flag of the same name. Some `None` are set in `parse_args`."""
-    # what to train, and on what. "(paper)" marks the value, or the choice, that the paper takes
-    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder of the model that plays all roles")
+    # "(paper)" marks the value, or the choice, that the paper takes.
+    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder, for all roles", title="model, corpus")
     domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
     corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
     tasks: str | None = flag(None, "folder of another run's tasks: same documents and rubrics")
@@ -88,28 +89,25 @@ class Config:
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
     resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
     seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
-    # size of a step
-    num_steps: int = flag(200, "steps in total", minimum=1)
+    num_steps: int = flag(200, "steps in total", minimum=1, title="size of a step")
     docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
     num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
     max_new_tokens: int = flag(1024, "of an answer, which is cut there", minimum=1, needs=FITS)
     task_steps: int = flag(8, "tasks are written for N steps at once", minimum=1)
     min_doc_words: int = flag(50, "shorter documents are skipped", minimum=1)
     max_doc_words: int = flag(1024, "used of a document (paper)", minimum=1, needs=FITS)
-    # sampling and judging
-    temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01)
+    temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01,
+                              title="sampling and judging")
     task_temperature: float = flag(1.0, "of tasks; small models need less. Rubrics are greedy")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) per criterion")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) a criterion")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
     rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11; writing 4)")
-    # ablations
-    no_document: bool = flag(False, "nobody sees a document: tasks come from the model alone")
+    no_document: bool = flag(False, "tasks come from the model alone", title="ablations")
     no_document_in_rubric: bool = flag(False, "the rubric writer sees task only (paper's ablation)")
-    # update
-    loss: Literal["pg", "dpo"] = flag("pg", "policy gradient; or DPO, which is offline (paper)")
+    loss: Literal["pg", "dpo"] = flag("pg", "dpo: offline, as in the paper", title="update")
     advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "formula", needs="loss == 'pg'")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
     length_penalty: float = flag(0.0, "taken off: this x length / the group's mean length")
@@ -121,14 +119,12 @@ class Config:
     lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine falls to 0 (paper)")
     micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass", minimum=1)
     offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
-    # engine
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer")
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer", title="vLLM")
     gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
     max_model_len: int = flag(8192, "tokens of prompt and reply; longer is dropped", needs=FITS)
-    # measure, save
+    save_every: int = flag(50, "steps between checkpoints", minimum=1, title="save and measure")
     eval_every: int = flag(0, "steps between measures on held-out tasks", needs="not no_document")
     eval_docs: int = flag(16, "documents held out for that", minimum=2, needs="eval_every")
-    save_every: int = flag(50, "steps between checkpoints; the last is always saved", minimum=1)
     @property
     def held_out_docs(self) -> int:
         return self.eval_docs if self.eval_every else 0
@@ -164,19 +160,25 @@ def gather(value: Any) -> list[Any]:
 
 def build_parser(settings: type, usage: str) -> argparse.ArgumentParser:
     """A command line with one flag for each field of a dataclass of settings."""
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    wide = partial(argparse.HelpFormatter, max_help_position=30, width=102)
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, formatter_class=wide)
     parser.error = fail    # one line, not the whole usage
     for f in fields(settings):
+        if f.metadata["title"]:
+            section = parser.add_argument_group(f.metadata["title"])
         options = get_args(f.type)    # of `int | None`: int and None; of a Literal: its words
-        kind = dict(type=f.type)
+        help = f.metadata["help"]
+        kind = dict(type=f.type, metavar="")
         if f.type is bool:
             kind = dict(action="store_true")
         elif get_origin(f.type) is Literal:
-            kind = dict(choices=options)
+            kind = dict(choices=options, metavar="")
+            help += f" [{'|'.join(options)}]"
         elif options:
-            kind = dict(type=options[0])
-        help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
+            kind = dict(type=options[0], metavar="")
+        if f.default is not None and f.type is not bool:
+            help += f" (default: {f.default})"
+        section.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
     return parser
 
 def check_flags(settings: Any, parser: argparse.ArgumentParser) -> None:
@@ -431,8 +433,7 @@ def load_corpus(cfg: Config) -> list[str]:
             documents[cut_words(clean_text(text), cfg.max_doc_words)] = None
         if len(documents) == wanted:
             break
-    print(f"corpus {name}, column {column}: {len(documents)} documents, "
-          f"left out {dict(skipped)}", flush=True)
+    print(f"{name}, {column}: {len(documents)} documents, left out {dict(skipped)}", flush=True)
     if len(documents) <= cfg.held_out_docs:
         fail(f"--corpus {name}: holds only {len(documents)} documents of --min_doc_words "
              f"{cfg.min_doc_words}, of which {cfg.held_out_docs} are held out")
@@ -549,7 +550,7 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     """
     if not ratings or len(ratings) != len(weights) or not all(0 <= v <= 2 for v in ratings):
         raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {weights}")
-    if not all(0 < w <= sys.float_info.max for w in weights):
+    if not all(0 < w < math.inf for w in weights):
         raise ValueError(f"weights {weights} must be finite and above 0")
     shares = np.array(weights, dtype=float) / max(weights)    # a caller's huge ones would overflow
     return float(np.average(np.array(ratings) / 2, weights=shares))
@@ -732,8 +733,7 @@ class Engine:
         gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
         limit = 0.01 if self.cfg.dtype == "float32" else 0.2
         if not gap <= limit:    # NaN fails, too
-            raise RuntimeError("the engine does not hold the weights it should: mean |dlogprob| to "
-                               f"the trainer is {gap:.4f}, limit {limit}")
+            raise RuntimeError(f"engine and trainer differ: mean |dlogprob| {gap:.4f}, limit {limit}")
 
     def sleep(self) -> None:
         """Give the GPU to the trainer: weights to host memory, KV cache dropped."""

@@ -103,8 +103,7 @@ def outcome(function, *args):
 
 # ---- config ----
 def test_every_field_is_a_flag(monkeypatch, capsys):
-    """A field the command line cannot reach; a number that cannot work starts a run, or its flag is not named; --help
-    breaks at a % or leaves a flag out."""
+    """A field the command line cannot reach; a number that cannot work starts a run; --help breaks at a % or a line."""
     for f in dataclasses.fields(pop.Config):
         kinds = pop.get_args(f.type) or (f.type,)
         if pop.get_origin(f.type) is pop.Literal:
@@ -125,8 +124,9 @@ def test_every_field_is_a_flag(monkeypatch, capsys):
             assert f"--{f.name} " in line and "at least" in line, line
     with pytest.raises(SystemExit) as stop:
         pop.parse_args(["--help"])
-    words = capsys.readouterr().out.split()
-    assert stop.value.code == 0 and all(f"--{f.name}" in words for f in dataclasses.fields(pop.Config))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+    assert stop.value.code == 0 and max(map(len, lines)) <= 100    # and each flag has one line, after that of -h
+    assert [line.split()[0] for line in lines[1:]] == [f"--{f.name}" for f in dataclasses.fields(pop.Config)]
 
 def test_flags_that_would_do_nothing(capsys):
     """A flag is silently ignored, alone or beside another: the user believes that it worked."""
@@ -368,7 +368,7 @@ def test_columns(make_cfg, tmp_path, capsys):
         found = pop.load_corpus(make_cfg(corpus=tmp_path / name, num_steps=99))
         assert sorted(found) == sorted(filter(None, texts[1:])), name
         printed = capsys.readouterr().out
-        assert "column text: 9 documents, " in printed and f"'without text': {left_out}" in printed
+        assert ", text: 9 documents, " in printed and f"'without text': {left_out}" in printed
         assert "'too short': 1" in printed
     for line in ("[1, 2]", "{text}"):
         (tmp_path / "d.jsonl").write_text(json.dumps(rows[5]) + "\n" + line + "\n")
@@ -1553,8 +1553,8 @@ def test_two_ranks_do_what_one_does(make_cfg, tmp_path):
                      task_steps=1)
         pop.main(make_cfg(run_dir=whole, num_steps=4, **flags))
         pop.main(make_cfg(run_dir=run, num_steps=1, **flags))
-        # Three batches, so one rank gets a copy; then checkpointed layers.
-        for steps, budget in [(2, 560)] if rank else [(2, 560), (3, 1)]:
+        # Three batches of four answers, so one rank gets a copy; then checkpointed layers.
+        for steps, budget in [(2, 400)] if rank else [(2, 400), (3, 1)]:
             cfg = make_cfg(run_dir=run, num_steps=steps, resume=True, micro_batch_tokens=budget,
                            offload_optimizer=True, **flags)    # gradients are clipped on the host
             code, out = run_ranks(tmp_path, cfg)
@@ -2241,7 +2241,7 @@ def check_weights_found(found):
     start, policy, base, wrong = found["gaps"]
     assert max(start, policy, base) < 1e-3 and wrong > 0.01, found
     assert found["ids"][0] == found["ids"][2] == found["ids"][3] != found["ids"][1]
-    assert len(found["said"]) == 1 and "does not hold the weights" in found["said"][0], found
+    assert len(found["said"]) == 1 and "engine and trainer differ" in found["said"][0], found
 
 def test_the_real_engine(needs_vllm, tmp_path):
     """What works with a fake engine only."""
