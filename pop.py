@@ -550,7 +550,7 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     """
     if not ratings or len(ratings) != len(weights) or not all(0 <= v <= 2 for v in ratings):
         raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {weights}")
-    if not all(0 < w < math.inf for w in weights):
+    if not all(0 < w <= sys.float_info.max for w in weights):
         raise ValueError(f"weights {weights} must be finite and above 0")
     shares = np.array(weights, dtype=float) / max(weights)    # a caller's huge ones would overflow
     return float(np.average(np.array(ratings) / 2, weights=shares))
@@ -733,7 +733,7 @@ class Engine:
         gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
         limit = 0.01 if self.cfg.dtype == "float32" else 0.2
         if not gap <= limit:    # NaN fails, too
-            raise RuntimeError(f"engine and trainer differ: mean |dlogprob| {gap:.4f}, limit {limit}")
+            raise RuntimeError(f"engine and trainer differ: |dlogprob| {gap:.4f}, limit {limit}")
 
     def sleep(self) -> None:
         """Give the GPU to the trainer: weights to host memory, KV cache dropped."""
