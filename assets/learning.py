@@ -41,7 +41,7 @@ def read_measures(runs: list[str], judge: str) -> tuple[list[int], np.ndarray]:
         column = {name: answers[:, i] for i, name in enumerate(found["columns"])}
         slope = slope_of_length(column, found["steps"][0])
         own = [column[name] for name in MEASURES]
-        own.append(column["this judge"] - slope * column["words"])
+        own.append(column["finished or not"] - slope * column["words"])
         measures = np.stack(own, axis=1)
         tasks = []
         for task in np.unique(column["task"]):
@@ -55,12 +55,14 @@ def read_measures(runs: list[str], judge: str) -> tuple[list[int], np.ndarray]:
 
 
 def slope_of_length(column: dict[str, np.ndarray], first: int) -> float:
-    """Reward of a word more, within a task, among the answers before training."""
+    """Reward of a word more, within a task, among the answers before training, finished or not."""
     words, rewards = [], []
     for task in np.unique(column["task"]):
-        chosen = (column["task"] == task) & (column["step"] == first) & ~np.isnan(column["this judge"])
+        chosen = (column["task"] == task) & (column["step"] == first)
+        chosen &= ~np.isnan(column["finished or not"])
         words.append(column["words"][chosen] - column["words"][chosen].mean())
-        rewards.append(column["this judge"][chosen] - column["this judge"][chosen].mean())
+        reward = column["finished or not"][chosen]
+        rewards.append(reward - reward.mean())
     x, y = np.concatenate(words), np.concatenate(rewards)
     return float((x * y).sum() / (x * x).sum())
 
@@ -73,7 +75,7 @@ def cell(changes: np.ndarray) -> str:
 
 def table(arms: dict[str, list[str]], judges: list[str]) -> None:
     """Prints, for each judge, what changed in each arm and how the first differs from the others."""
-    titles = [*MEASURES, "this judge at equal length"]
+    titles = [*MEASURES, "finished or not, at equal length"]
     for judge in judges:
         print(f"\n{judge}")
         rows, changes = [], {}
@@ -99,7 +101,7 @@ def draw(arms: dict[str, list[str]], judges: list[str], out: Path) -> None:
     """Held-out reward by step: the own judge's, then that of each other judge."""
     from matplotlib import pyplot
     panels = [("own judge (trains)", judges[0], MEASURES.index("own judge"))]
-    panels += [(judge, judge, MEASURES.index("this judge")) for judge in judges]
+    panels += [(judge, judge, MEASURES.index("finished or not")) for judge in judges]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="tight")
     for axis, (title, judge, measure) in zip(axes, panels, strict=True):
         for arm, runs in arms.items():
