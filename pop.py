@@ -70,37 +70,37 @@ from assets.startup import start_over
 # ---- 2. config ----
 def flag(default: Any, help: str, minimum: float = 0, needs: str = "True", title="") -> Any:
     """A setting. minimum: a smaller number is refused. needs: a Python condition on the settings,
-    without which the flag is refused. title: of the flags from here on, in --help.
+    without which the flag is refused. title: --help's heading over this flag and the next ones.
     """
     metadata = dict(help=help, minimum=minimum, needs=needs, title=title)
     return field(default=default, metadata=metadata)
 
-FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 1300"    # 1300: examples, rubric
+# In tokens: two for a word, the proposer's reply of twice an answer, 1300 for examples and rubric.
+FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 1300"
 
 @dataclass
 class Config:
-    """Every setting of a run, each a flag of the same name. Some `None` are set in `parse_args`."""
-    # "(paper)" marks the value, or the choice, that the paper takes.
+    """Each field is a flag; `parse_args` fills in some. (paper): the paper's value or choice."""
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder, for all roles", title="model, corpus")
-    domain: Literal["general", "health", "writing"] = flag("general", "of prompts and corpus")
+    domain: Literal["general", "health", "writing"] = flag("general", "picks prompts and corpus")
     corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
     tasks: str | None = flag(None, "folder of another run's tasks: same documents and rubrics")
-    preset: Literal["default", "paper", "tiny"] = flag("default", "of defaults; other flags win")
+    preset: Literal["default", "paper", "tiny"] = flag("default", "named defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
     resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
     seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
     num_steps: int = flag(200, "steps in total", minimum=1, title="size of a step")
     docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
     num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
-    max_new_tokens: int = flag(1024, "of an answer, which is cut there", minimum=1, needs=FITS)
+    max_new_tokens: int = flag(1024, "in an answer; it is cut off there", minimum=1, needs=FITS)
     task_steps: int = flag(8, "tasks are written for N steps at once", minimum=1)
-    min_doc_words: int = flag(50, "shorter documents are skipped", minimum=1)
+    min_doc_words: int = flag(50, "documents with fewer are skipped", minimum=1)
     max_doc_words: int = flag(1024, "used of a document (paper)", minimum=1, needs=FITS)
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01,
                               title="sampling and judging")
     task_temperature: float = flag(1.0, "of tasks; small models need less. Rubrics are greedy")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) a criterion")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) of each gold")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
                                  needs="judge_model")
     judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
@@ -108,9 +108,9 @@ class Config:
     no_document: bool = flag(False, "tasks come from the model alone", title="ablations")
     no_document_in_rubric: bool = flag(False, "the rubric writer sees task only (paper's ablation)")
     loss: Literal["pg", "dpo"] = flag("pg", "dpo: offline, as in the paper", title="update")
-    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "formula", needs="loss == 'pg'")
+    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "its formula", needs="loss == 'pg'")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
-    length_penalty: float = flag(0.0, "taken off: this x length / the group's mean length")
+    length_penalty: float = flag(0.0, "times length / mean length, taken off a score")
     dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
     length_gap: int = flag(100, "largest gap in a pair, in words (paper)", needs="loss == 'dpo'")
     lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
@@ -792,7 +792,7 @@ def ask(engine: Any, role: str, requests: list[Request], cfg: Config) -> list[An
         seeded = []
         for i in pending:
             group, temperature = requests[i].group, requests[i].temperature
-            if attempt > 0:    # greedy, it would fail the same way again
+            if attempt > 0:    # greedy decoding would fail the same way again
                 temperature = max(temperature, 0.5)
             seed = request_seed(cfg, role, group.step, group.row, requests[i].index, attempt)
             seeded.append(replace(requests[i], seed=seed, temperature=temperature))
@@ -1015,7 +1015,7 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
 
 def set_advantages(group: Group, cfg: Config) -> None:
     """Fill in completion.advantage of a kept group; if it teaches nothing it gets a drop_reason.
-    judge: fewer than two scored answers. zero_spread: equal scores (length alone does not train).
+    judge: fewer than two scored answers. zero_spread: equal scores. A score has no length penalty.
     """
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     if len(scores) - scores.isnan().sum() < 2:
@@ -1517,7 +1517,7 @@ def main(cfg: Config) -> None:
     answering = "base" if cfg.loss == "dpo" else "policy"
     metrics: dict[str, Any] = {}
 
-    for step in range(first_step, cfg.num_steps + 1):
+    for step in range(first_step, cfg.num_steps + 1):    # the last pass only measures
         metrics["step"] = step
 
         # ---- measure: the policy answers held-out tasks, with the same seeds each time ----
@@ -1548,7 +1548,7 @@ def main(cfg: Config) -> None:
         units = []    # answers that stay together in a micro-batch: one, or a DPO pair
         for group in kept(groups):
             set_advantages(group, cfg)
-        for group in kept(groups):
+        for group in kept(groups):    # without those that set_advantages has just dropped
             if cfg.loss == "pg":
                 units += [[c] for c in group.completions if c.score is not None]
             elif pair := preference_pair(group, cfg):
@@ -1573,7 +1573,7 @@ def main(cfg: Config) -> None:
                         chosen_logps=logps[::2], rejected_logps=logps[1::2],
                         ref_chosen_logps=ref_logps[::2], ref_rejected_logps=ref_logps[1::2],
                         beta=cfg.dpo_beta, normalizer=len(units))
-                (batch.weight * loss).backward()    # into p.main_grad
+                (batch.weight * loss).backward()    # add_main_grad takes the gradients
                 if batch.weight:
                     sums.update(part, loss=loss.item())
             if units:

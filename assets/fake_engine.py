@@ -67,7 +67,7 @@ class FakeEngine(Engine):
         for i, request in enumerate(requests):
             reply = self.say(request, role)
             if isinstance(reply, str):
-                reply = Completion([1] * (1 + len(reply.split())), text=reply, finish_reason="stop")
+                reply = self.completion(reply, "stop", request)
             replies.append(reply or self.reply(i, request, role))
         return replies
 
@@ -94,10 +94,13 @@ class FakeEngine(Engine):
                 names = request.schema["properties"] if quality else ["nobody"]
                 rating = int(quality[1]) if quality else 0
                 text = json.dumps({name: dict(thoughts="t", rating=rating) for name in names})
+        return self.completion(text, reason, request, logprobs)
+
+    def completion(self, text: str, reason: str, request: Request, logprobs: list[float] | None = None) -> Completion:
         tokens = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
         if request.logprobs:
             logprobs = [-5.5] * len(tokens)
-        return Completion(tokens, prompt_ids=self.encode(request.messages), engine_logprobs=logprobs, text=text,
+        return Completion(tokens, prompt_ids=self.encode(request.messages), engine_logprobs=logprobs or [], text=text,
                           finish_reason=reason)
 
     def load_weights(self, model: torch.nn.Module, which: str) -> None:
