@@ -2,6 +2,7 @@
 
     python -m assets.learning run ARM [flags of pop.py]      # ARM: policy, or shuffled (the control)
     python -m assets.learning table policy=RUN,RUN shuffled=RUN,RUN JUDGE ..
+    python -m assets.learning agreement RUN JUDGE            # of both judges and length, before training
     python -m assets.learning pairs RUN                      # 20 pairs to read blind, and their key
 
 `table` needs the files that `python eval.py rejudge RUN .. --judge JUDGE` writes into each run; JUDGE
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 
 import pop
 from assets.statistics import interval
@@ -97,6 +99,20 @@ def table(arms: dict[str, list[str]], judges: list[str]) -> None:
                      "95% over seeds"], rows)
 
 
+def agreement(run: str, judge: str) -> None:
+    """Prints the mean rank correlation of answers to one task, before training, over the tasks: of the finished ones,
+    because a training judge gives the others 0.
+    """
+    found = json.loads(Path(run, f"rejudge-{judge}.json").read_text())
+    answers = pandas.DataFrame(found["answers"], columns=found["columns"])
+    answers = answers[(answers["step"] == found["steps"][0]) & (answers["finished"] == 1)]
+    names = ["own judge", "finished or not", "golds' words", "words"]
+    correlations = answers.groupby("task")[names].corr("spearman")    # (tasks x names, names)
+    mean = correlations.groupby(level=1, sort=False).mean()
+    print_table([f"{len(answers)} finished answers", *names],
+                [[name, *map("{:.2f}".format, mean.loc[name, names])] for name in names])
+
+
 def draw(arms: dict[str, list[str]], judges: list[str], out: Path) -> None:
     """Held-out reward by step: the own judge's, then that of each other judge."""
     from matplotlib import pyplot
@@ -146,6 +162,8 @@ def main(argv: list[str]) -> None:
         elif arm != "policy":
             pop.fail(f"{arm}: must be policy or shuffled")
         pop.main(pop.parse_args(flags))
+    elif command == "agreement":
+        agreement(*rest)
     elif command == "pairs":
         pairs(rest[0])
     else:
