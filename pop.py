@@ -706,7 +706,7 @@ class Engine:
         engine is 7 to 10 times slower on CPU). The KV cache wakes last: handing over needs room.
         """
         self.wake("weights")
-        reload = "policy" in (which, self.weights)    # the policy may have been updated since
+        reload = "policy" in (which, self.weights)    # base weights after base: still there
         swap = reload and which == "base"
         with swapped_weights(model, model.base_state) if swap else nullcontext():
             if reload:

@@ -1,6 +1,6 @@
 """Does it learn what the documents know? The experiment of assets/learning.md.
 
-    python -m assets.learning run ARM [flags of pop.py]      # ARM: policy, or shuffled (the control)
+    python -m assets.learning run ARM [flags of pop.py]      # ARM: policy; or changes of it, such as left_out+shuffled
     python -m assets.learning table policy=RUN,RUN shuffled=RUN,RUN JUDGE ..
     python -m assets.learning agreement RUN JUDGE            # of both judges and length, before training
     python -m assets.learning pairs RUN                      # 20 pairs to read blind, and their key
@@ -11,7 +11,9 @@ names one: rejudge-JUDGE.json. It writes assets/learning.svg over the first edit
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -23,7 +25,15 @@ from eval import held_out_answers, print_table
 MEASURES = ("own judge", "this judge", "finished or not", "golds' words", "words", "finished")
 
 
-def shuffle_advantages(group: pop.Group, cfg: pop.Config, set_advantages=pop.set_advantages) -> None:
+def leave_out_unfinished(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
+    """In training, an answer that is cut off has no score, where pop.py gives it 0."""
+    for completion in group.completions:
+        if not completion.answer:
+            completion.score = None
+    set_advantages(group, cfg)
+
+
+def shuffle(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
     """The control: the group's advantages, handed to its scored answers at random."""
     set_advantages(group, cfg)
     scored = [c for c in group.completions if c.score is not None]
@@ -32,6 +42,9 @@ def shuffle_advantages(group: pop.Group, cfg: pop.Config, set_advantages=pop.set
     random.Random(seed).shuffle(advantages)
     for completion, advantage in zip(scored, advantages, strict=True):
         completion.advantage = advantage
+
+
+CHANGES = dict(shuffled=shuffle, left_out=leave_out_unfinished)
 
 
 def read_measures(runs: list[str], judge: str) -> tuple[list[int], np.ndarray]:
@@ -157,10 +170,11 @@ def main(argv: list[str]) -> None:
     command, *rest = argv
     if command == "run":
         arm, *flags = rest
-        if arm == "shuffled":
-            pop.set_advantages = shuffle_advantages
-        elif arm != "policy":
-            pop.fail(f"{arm}: must be policy or shuffled")
+        for name in arm.split("+"):
+            if name in CHANGES:
+                pop.set_advantages = partial(CHANGES[name], set_advantages=pop.set_advantages)
+            elif name != "policy":
+                pop.fail(f"{name}: must be policy, or of {', '.join(CHANGES)}")
         pop.main(pop.parse_args(flags))
     elif command == "agreement":
         agreement(*rest)
