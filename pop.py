@@ -119,7 +119,7 @@ class Config:
     lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine falls to 0 (paper)")
     micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass", minimum=1)
     offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer", title="vLLM")
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine, trainer", title="engine")
     gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
     max_model_len: int = flag(8192, "tokens of prompt and reply; longer is dropped", needs=FITS)
     save_every: int = flag(50, "steps between checkpoints", minimum=1, title="save and measure")

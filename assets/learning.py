@@ -3,10 +3,12 @@
     python -m assets.learning run ARM [flags of pop.py]      # ARM: policy; or changes of it, such as left_out+shuffled
     python -m assets.learning table policy=RUN,RUN shuffled=RUN,RUN JUDGE ..
     python -m assets.learning agreement RUN JUDGE            # of both judges and length, before training
+    python -m assets.learning references RUN expected [flags of pop.py]    # does the judge know a right answer?
     python -m assets.learning pairs RUN                      # 20 pairs to read blind, and their key
 
 `table` needs the files that `python eval.py rejudge RUN .. --judge JUDGE` writes into each run; JUDGE
-names one: rejudge-JUDGE.json. It writes assets/learning.svg over the first edition's (needs matplotlib).
+names one with its scoring, such as qwen15-expected. It writes
+assets/learning.svg over the first edition's (needs matplotlib).
 """
 import json
 import random
@@ -126,6 +128,25 @@ def agreement(run: str, judge: str) -> None:
                 [[name, *map("{:.2f}".format, mean.loc[name, names])] for name in names])
 
 
+def references(run: str, scoring: str, flags: list[str]) -> None:
+    """Scores each held-out task's reference, and three finished answers from before training: the judge is --model."""
+    cfg = pop.parse_args([*flags, "--scoring", scoring])
+    groups = []
+    for line in open(Path(run, "rollouts", "step_000000.jsonl"), encoding="utf-8"):
+        row = json.loads(line)
+        if row["step"] == pop.HELD_OUT and row["drop_reason"] is None:
+            texts = [c["text"] for c in row["completions"] if c["finish_reason"] == "stop"]
+            group = pop.GROUP.validate_python(row | dict(completions=[]))
+            group.completions = [pop.Completion([], answer=text) for text in [group.reference, *texts[:3]]]
+            groups.append(group)
+    pop.score_answers(pop.Engine(cfg), groups, cfg)
+    signs = []
+    for group in groups:
+        reference, *sampled = [c.score for c in group.completions]
+        signs += [np.sign(reference - score) for score in sampled if None not in (reference, score)]
+    print("reference above, tied, below:", *[signs.count(sign) for sign in (1, 0, -1)])
+
+
 def draw(arms: dict[str, list[str]], judges: list[str], out: Path) -> None:
     """Held-out reward by step: the own judge's, then that of each other judge."""
     from matplotlib import pyplot
@@ -178,6 +199,8 @@ def main(argv: list[str]) -> None:
         pop.main(pop.parse_args(flags))
     elif command == "agreement":
         agreement(*rest)
+    elif command == "references":
+        references(*rest[:2], rest[2:])
     elif command == "pairs":
         pairs(rest[0])
     else:
