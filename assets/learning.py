@@ -12,7 +12,9 @@ assets/learning.svg over the first edition's (needs matplotlib).
 """
 import json
 import random
+import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from assets.statistics import interval
 from eval import held_out_answers, print_table
 
 MEASURES = ("own judge", "this judge", "finished or not", "golds' words", "words", "finished")
+HELD_OUT_ANSWERS = 4    # to each held-out task
+DECOYS = 3
+rate_expected = pop.rate_expected
 
 
 def leave_out_unfinished(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
@@ -33,6 +38,11 @@ def leave_out_unfinished(group: pop.Group, cfg: pop.Config, set_advantages: Any)
         if not completion.answer:
             completion.score = None
     set_advantages(group, cfg)
+
+
+def read_unfinished(completion: pop.Completion, cfg: pop.Config) -> str:
+    """An answer that is cut off is judged as far as it goes."""
+    return completion.text.rpartition("</think>")[2].strip()
 
 
 def shuffle(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
@@ -46,7 +56,126 @@ def shuffle(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
         completion.advantage = advantage
 
 
-CHANGES = dict(shuffled=shuffle, left_out=leave_out_unfinished)
+def rate_against_decoys(judge: Any, rows: list[tuple[pop.Group, pop.Completion]],
+                        cfg: pop.Config) -> list[list[float] | None]:
+    """Ratings (K,) in [0, 2]: 1 + P(the gold is in the answer) - mean P(a decoy is in it).
+    Decoys are the first golds of the next three tasks. What makes the judge say Yes to anything is
+    taken off, and 1 means that it saw nothing of this task.
+    """
+    groups = []
+    for group, _ in rows:
+        if group not in groups:
+            groups.append(group)
+    with_decoys = {}    # by id: the group with a longer rubric
+    for i, group in enumerate(groups):
+        others = [groups[(i + k) % len(groups)] for k in range(1, 1 + DECOYS)]
+        decoys = [other.rubric[0] for other in others]
+        with_decoys[id(group)] = replace(group, rubric=group.rubric + decoys)
+    longer = [(with_decoys[id(group)], completion) for group, completion in rows]
+    results: list[list[float] | None] = []
+    for (group, _), ratings in zip(rows, rate_expected(judge, longer, cfg), strict=True):
+        if ratings is not None:
+            count = len(group.rubric)
+            bias = np.mean(ratings[count:])
+            ratings = [1 + (rating - bias) / 2 for rating in ratings[:count]]
+        results.append(ratings)
+    return results
+
+
+def rate_by_words(judge: Any, rows: list[tuple[pop.Group, pop.Completion]],
+                  cfg: pop.Config) -> list[list[float] | None]:
+    """Ratings (K,) in [0, 2] without a model: 2 x the share of the gold's words in the answer."""
+    results: list[list[float] | None] = []
+    for group, completion in rows:
+        answer = long_words(completion.answer)
+        golds = [long_words(criterion.gold) for criterion in group.rubric]
+        results.append([2 * len(answer & gold) / max(1, len(gold)) for gold in golds])
+    return results
+
+
+def long_words(text: str) -> set[str]:
+    return set(re.findall(r"\w{4,}", text.lower()))
+
+
+def at_equal_length(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
+    """What a group's number of words explains of its advantages, linearly, is taken off them."""
+    set_advantages(group, cfg)
+    scored = [c for c in group.completions if c.score is not None]
+    advantages = np.array([c.advantage for c in scored])    # their mean is 0
+    words = np.array([float(len(pop.words(c.answer))) for c in scored])
+    words -= words.mean()
+    slope = (words * advantages).sum() / max((words * words).sum(), 1e-6)
+    for completion, rest in zip(scored, advantages - slope * words, strict=True):
+        completion.advantage = float(rest)
+
+
+def fewer_held_out(engine: pop.Engine, groups: list[pop.Group], cfg: pop.Config,
+                   sample_answers: Any) -> None:
+    """Four answers to a held-out task, however many there are in training: measures take time."""
+    if groups and groups[0].step == pop.HELD_OUT:
+        cfg = replace(cfg, num_generations=HELD_OUT_ANSWERS)
+    sample_answers(engine, groups, cfg)
+
+
+def ends(run: str, out: str) -> None:
+    """A copy of a run's first and last measure, four answers to a task, for `eval.py rejudge`."""
+    files = sorted(Path(run, "rollouts").glob("step_*.jsonl"))
+    Path(out, "rollouts").mkdir(parents=True)
+    for file in (files[0], files[-1]):
+        lines = []
+        for line in open(file, encoding="utf-8"):
+            row = json.loads(line)
+            row["completions"] = row["completions"][:HELD_OUT_ANSWERS]
+            if row["step"] == pop.HELD_OUT:
+                lines.append(json.dumps(row) + "\n")
+        Path(out, "rollouts", file.name).write_text("".join(lines), encoding="utf-8")
+
+
+def change(name: str) -> None:
+    """Makes one change to pop.py's loop."""
+    if name == "as_is":
+        pop.read_answer = read_unfinished
+    elif name == "left_out":
+        pop.set_advantages = partial(leave_out_unfinished, set_advantages=pop.set_advantages)
+    elif name == "decoys":
+        pop.rate_expected = rate_against_decoys
+    elif name == "words":
+        pop.rate_expected = rate_by_words
+    elif name == "equal_length":
+        pop.set_advantages = partial(at_equal_length, set_advantages=pop.set_advantages)
+    elif name == "shuffled":
+        pop.set_advantages = partial(shuffle, set_advantages=pop.set_advantages)
+    elif name != "policy":
+        pop.fail(f"{name}: must be policy, as_is, decoys, words, left_out, equal_length or shuffled")
+
+
+def select(pool: str, out: str, corpus: str, *left_out: str) -> None:
+    """A pool of 24 held-out tasks, and as many whole steps of 4 as there are, without some sources.
+    sources: names in the corpus's column "source".
+    """
+    sources = {}    # by the document's first words
+    for line in open(corpus, encoding="utf-8"):
+        row = json.loads(line)
+        sources[" ".join(row["text"].split()[:12])] = row["source"]
+    groups = pop.read_tasks(Path(pool))
+    chosen = []
+    for group in sorted(groups, key=lambda group: (group.step, group.row)):    # held-out ones first
+        source = sources[" ".join(group.document.split()[:12])]
+        if group.drop_reason is None and source not in left_out:
+            chosen.append(group)
+    held_out, training = chosen[:24], chosen[24:]
+    training = training[:len(training) // 4 * 4]
+    for i, group in enumerate(held_out):
+        group.step, group.row = pop.HELD_OUT, i
+    for i, group in enumerate(training):
+        group.step, group.row = divmod(i, 4)
+    Path(out).mkdir(parents=True)
+    for name, part in (("held_out", held_out), ("step_000000", training)):
+        lines = [pop.GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in part]
+        Path(out, f"{name}.jsonl").write_bytes(b"".join(lines))
+    print(f"{len(held_out)} held-out tasks, {len(training) // 4} steps")
+
+
 
 
 def read_measures(runs: list[str], judge: str) -> tuple[list[int], np.ndarray]:
@@ -191,12 +320,14 @@ def main(argv: list[str]) -> None:
     command, *rest = argv
     if command == "run":
         arm, *flags = rest
+        pop.sample_answers = partial(fewer_held_out, sample_answers=pop.sample_answers)
         for name in arm.split("+"):
-            if name in CHANGES:
-                pop.set_advantages = partial(CHANGES[name], set_advantages=pop.set_advantages)
-            elif name != "policy":
-                pop.fail(f"{name}: must be policy, or of {', '.join(CHANGES)}")
+            change(name)
         pop.main(pop.parse_args(flags))
+    elif command == "select":
+        select(*rest)
+    elif command == "ends":
+        ends(*rest)
     elif command == "agreement":
         agreement(*rest)
     elif command == "references":
