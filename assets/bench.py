@@ -26,7 +26,7 @@ from test_pop import needs_vllm, read_report, tiny_policy
 import torch
 
 import pop
-from assets.fake_engine import MARKUP, RUBRIC_ROWS, read_lines, rollouts, write_lines, write_run
+from assets.fake_engine import MARKUP, RUBRIC_ROWS, read_lines, rollouts, write_run
 from assets.processes import TINY, found_by, run_python, start_real, start_server
 from pop import Completion, Group, ParseError
 
@@ -448,28 +448,6 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     assert sorted(trained) == sorted(text for pair in expected for text in pair)
     losses = [m["loss"] for m in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in m]
     assert losses and losses == pytest.approx([math.log(2)] * len(losses), abs=1e-3)
-
-
-def test_curves(tmp_path, capsys):
-    """A point that one run lacks is drawn, or the last step's training metrics are taken for a measure."""
-    pytest.importorskip("matplotlib")
-    from assets import curves
-    files = [str(tmp_path / f"{run}.jsonl") for run in range(3)]
-    for file, shift in zip(files, (0.0, 0.1, 0.2), strict=True):
-        rows = [dict(step=step, reward_mean=0.1 * step + shift, answer_tokens=40.0 - step) for step in range(8)]
-        rows.append(dict(step=8))
-        for step, reward in ((0, 0.2), (4, 0.5), (8, 0.4 + shift)):
-            rows[step] |= dict(eval_reward=reward, eval_closed=0.5 if step == 0 else 1.0)    # older runs say closed
-        write_lines(Path(file), rows[:8] if file == files[2] else rows)    # its last measure is missing
-    curves.main(files[:2], tmp_path / "learning.svg")
-    printed, half = capsys.readouterr().out, 12.71 * np.std([0.2, 0.3], ddof=1) / 2 ** 0.5
-    assert f"| held-out reward | 0.200 | 0.450 | +0.250 [{0.25 - half:+.3f}, {0.25 + half:+.3f}] |" in printed
-    assert "| held-out reward of the finished ones | 0.400 | 0.450 | +0.050" in printed
-    assert "| training reward | 0.100 | 0.700 | +0.600 [+0.600, +0.600] |" in printed    # quarters of the steps
-    curves.main(files, tmp_path / "learning.svg")
-    assert "| held-out reward | 0.200 | 0.500 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="two runs"):
-        curves.main(files[:1], tmp_path / "learning.svg")
 
 
 def test_report_in_a_browser(tmp_path):

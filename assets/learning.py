@@ -1,16 +1,18 @@
 """Does it learn what the documents know? The experiment of assets/learning.md.
 
-    python -m assets.learning run ARM [flags of pop.py]      # ARM: policy; or changes of it, such as left_out+shuffled
-    python -m assets.learning table policy=RUN,RUN shuffled=RUN,RUN JUDGE ..
-    python -m assets.learning agreement RUN JUDGE            # of both judges and length, before training
-    python -m assets.learning references RUN expected [flags of pop.py]    # does the judge know a right answer?
-    python -m assets.learning pairs RUN                      # 20 pairs to read blind, and their key
+    python -m assets.learning select POOL OUT CORPUS GHR GARD    # tasks without some sources' documents
+    python -m assets.learning run ARM [flags of pop.py]    # ARM: policy; or changes of it, such as as_is+shuffled
+    python -m assets.learning ends RUN OUT                 # first and last measure, for `eval.py rejudge OUT`
+    python -m assets.learning table assets/runs/*.json     # and assets/learning.svg (needs matplotlib)
+    python -m assets.learning agreement FILE               # rank correlations of judges and length, before training
+    python -m assets.learning references RUN [flags of pop.py]    # does the judge (--model) know a right answer?
+    python -m assets.learning others RUN [flags of pop.py]    # does it say Yes to what is not there?
+    python -m assets.learning pairs RUN                    # 20 pairs to read blind, and their key
 
-`table` needs the files that `python eval.py rejudge RUN .. --judge JUDGE` writes into each run; JUDGE
-names one with its scoring, such as qwen15-expected. It writes
-assets/learning.svg over the first edition's (needs matplotlib).
+FILE and assets/runs/ARM_SEED.json are what `eval.py rejudge` writes into the folder of a run.
 """
 import json
+import math
 import random
 import re
 import sys
@@ -26,7 +28,9 @@ import pop
 from assets.statistics import interval
 from eval import held_out_answers, print_table
 
-MEASURES = ("own judge", "this judge", "finished or not", "golds' words", "words", "finished")
+# Columns of rejudge's table; the second judge's is of answers as they are, finished or not.
+MEASURES = ("own judge", "finished or not", "golds' words", "words")
+TITLES = ("own judge", "second judge", "golds' words", "words", "second judge at equal length")
 HELD_OUT_ANSWERS = 4    # to each held-out task
 DECOYS = 3
 rate_expected = pop.rate_expected
@@ -178,11 +182,11 @@ def select(pool: str, out: str, corpus: str, *left_out: str) -> None:
 
 
 
-def read_measures(runs: list[str], judge: str) -> tuple[list[int], np.ndarray]:
+def read_measures(files: list[str]) -> tuple[list[int], np.ndarray]:
     """Steps, and the mean of each measure: (runs, tasks, steps, MEASURES and at equal length)."""
     values = []
-    for run in runs:
-        found = json.loads(Path(run, f"rejudge-{judge}.json").read_text())
+    for file in files:
+        found = json.loads(Path(file).read_text())
         answers = np.array(found["answers"], dtype=float)    # (answers, columns)
         column = {name: answers[:, i] for i, name in enumerate(found["columns"])}
         slope = slope_of_length(column, found["steps"][0])
@@ -219,81 +223,103 @@ def cell(changes: np.ndarray) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def table(arms: dict[str, list[str]], judges: list[str]) -> None:
-    """Prints, for each judge, what changed in each arm and how the first differs from the others."""
-    titles = [*MEASURES, "finished or not, at equal length"]
-    for judge in judges:
-        print(f"\n{judge}")
-        rows, changes = [], {}
-        for arm, runs in arms.items():
-            steps, values = read_measures(runs, judge)    # (runs, tasks, steps, titles)
-            change = values[:, :, -1] - values[:, :, 0]    # (runs, tasks, titles)
-            changes[arm] = change.mean(axis=0)    # (tasks, titles)
-            for i, title in enumerate(titles):
-                before, after = values[:, :, [0, -1], i].mean(axis=(0, 1))
-                over_runs = cell(change[:, :, i].mean(axis=1)) if len(runs) > 1 else "-"
-                rows.append([arm, len(runs), title, f"{before:.3f}", f"{after:.3f}",
-                             cell(changes[arm][:, i]), over_runs])
-        first, *others = changes
-        for other in others:
-            for i, title in enumerate(titles):
-                gap = changes[first][:, i] - changes[other][:, i]
-                rows.append([f"{first} - {other}", "", title, "", "", cell(gap), ""])
-        print_table(["arm", "seeds", "measure", "before", "after", "change, 95% over tasks",
-                     "95% over seeds"], rows)
+def table(arms: dict[str, list[str]]) -> None:
+    """Prints what changed in each arm, and how an arm differs from its control."""
+    rows, changes = [], {}
+    for arm, files in arms.items():
+        steps, values = read_measures(files)    # (runs, tasks, steps, TITLES)
+        change = values[:, :, -1] - values[:, :, 0]    # (runs, tasks, TITLES)
+        changes[arm] = change.mean(axis=0)    # (tasks, TITLES)
+        for i, title in enumerate(TITLES):
+            before, after = values[:, :, [0, -1], i].mean(axis=(0, 1))
+            over_seeds = cell(change[:, :, i].mean(axis=1)) if len(files) > 1 else "-"
+            rows.append([f"{arm}, {steps[-1]} steps", len(files), title, f"{before:.3f}", f"{after:.3f}",
+                         cell(changes[arm][:, i]), over_seeds])
+    for arm in arms:
+        if f"{arm}+shuffled" in arms:
+            gaps = changes[arm] - changes[f"{arm}+shuffled"]
+            for title, gap in zip(TITLES, gaps.T, strict=True):
+                rows.append([f"{arm} less its control", "", title, "", "", cell(gap), ""])
+    print_table(["arm", "seeds", "measure", "before", "after", "change, 95% over tasks", "95% over seeds"], rows)
 
 
-def agreement(run: str, judge: str) -> None:
-    """Prints the mean rank correlation of answers to one task, before training, over the tasks: of the finished ones,
-    because a training judge gives the others 0.
-    """
-    found = json.loads(Path(run, f"rejudge-{judge}.json").read_text())
+def agreement(file: str) -> None:
+    """Prints the mean rank correlation of answers to one task, before training, over the tasks."""
+    found = json.loads(Path(file).read_text())
     answers = pandas.DataFrame(found["answers"], columns=found["columns"])
     answers = answers[(answers["step"] == found["steps"][0]) & (answers["finished"] == 1)]
     names = ["own judge", "finished or not", "golds' words", "words"]
     correlations = answers.groupby("task")[names].corr("spearman")    # (tasks x names, names)
     mean = correlations.groupby(level=1, sort=False).mean()
-    print_table([f"{len(answers)} finished answers", *names],
+    print_table([f"{len(answers)} answers that count as finished", *names],
                 [[name, *map("{:.2f}".format, mean.loc[name, names])] for name in names])
 
 
-def references(run: str, scoring: str, flags: list[str]) -> None:
-    """Scores each held-out task's reference, and three finished answers from before training: the judge is --model."""
-    cfg = pop.parse_args([*flags, "--scoring", scoring])
-    groups = []
-    for line in open(Path(run, "rollouts", "step_000000.jsonl"), encoding="utf-8"):
+def read_held_out(file: Path, cut_off: bool = True) -> tuple[list[pop.Group], list[list[str]]]:
+    """Held-out tasks of one measure, and the answers to each, with those that are cut off or without."""
+    groups, answers = [], []
+    for line in open(file, encoding="utf-8"):
         row = json.loads(line)
         if row["step"] == pop.HELD_OUT and row["drop_reason"] is None:
-            texts = [c["text"] for c in row["completions"] if c["finish_reason"] == "stop"]
-            group = pop.GROUP.validate_python(row | dict(completions=[]))
-            group.completions = [pop.Completion([], answer=text) for text in [group.reference, *texts[:3]]]
-            groups.append(group)
-    pop.score_answers(pop.Engine(cfg), groups, cfg)
+            groups.append(pop.GROUP.validate_python(row | dict(completions=[])))
+            answers.append([c["text"] for c in row["completions"] if cut_off or c["finish_reason"] == "stop"])
+    return groups, answers
+
+
+def scores(engine: pop.Engine, groups: list[pop.Group], answers: list[list[str]], cfg: pop.Config) -> list[list[float]]:
+    """Of each task's answers; NaN where there is no verdict."""
+    for group, texts in zip(groups, answers, strict=True):
+        group.completions = [pop.Completion([], answer=text) for text in texts]
+    pop.score_answers(engine, groups, cfg)
+    return [[math.nan if c.score is None else c.score for c in group.completions] for group in groups]
+
+
+def references(run: str, flags: list[str]) -> None:
+    """Each held-out task's reference against three finished answers from before training."""
+    cfg = pop.parse_args(flags)
+    groups, answers = read_held_out(Path(run, "rollouts", "step_000000.jsonl"), cut_off=False)
+    answers = [[group.reference, *texts[:3]] for group, texts in zip(groups, answers, strict=True)]
     signs = []
-    for group in groups:
-        reference, *sampled = [c.score for c in group.completions]
-        signs += [np.sign(reference - score) for score in sampled if None not in (reference, score)]
+    for reference, *sampled in scores(pop.Engine(cfg), groups, answers, cfg):
+        signs += [np.sign(reference - score) for score in sampled]
     print("reference above, tied, below:", *[signs.count(sign) for sign in (1, 0, -1)])
 
 
-def draw(arms: dict[str, list[str]], judges: list[str], out: Path) -> None:
-    """Held-out reward by step: the own judge's, then that of each other judge."""
+def others(run: str, flags: list[str]) -> None:
+    """The answers of the first and last measure, by their own rubric and by three golds of other tasks."""
+    cfg = pop.parse_args(flags)
+    engine = pop.Engine(cfg)
+    means = []
+    for file in sorted(Path(run, "rollouts").glob("step_*.jsonl")):
+        groups, answers = read_held_out(file)
+        own = np.array(scores(engine, groups, answers, cfg))    # (tasks, answers)
+        rubrics = [group.rubric for group in groups]
+        for i, group in enumerate(groups):
+            golds = [rubrics[(i + k) % len(groups)][0] for k in (5, 11, 17)]
+            group.rubric = [criterion.model_copy(update=dict(weight=1)) for criterion in golds]
+        other = np.array(scores(engine, groups, answers, cfg))
+        means.append(np.stack([own, other, own - other]).mean(axis=2))    # (3, tasks)
+    rows = []
+    titles = ("own golds", "golds of other tasks", "difference")
+    for title, before, after in zip(titles, means[0], means[-1], strict=True):
+        rows.append([title, f"{before.mean():.3f}", f"{after.mean():.3f}", cell(after - before)])
+    print_table(["P(Yes) for", "before", "after", "change, 95% over tasks"], rows)
+
+
+def draw(arms: dict[str, list[str]], out: Path) -> None:
+    """Change of the held-out reward from the first measure to the last, by the judge that trains and by the other."""
     from matplotlib import pyplot
-    panels = [("own judge (trains)", judges[0], MEASURES.index("own judge"))]
-    panels += [(judge, judge, MEASURES.index("finished or not")) for judge in judges]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="tight")
-    for axis, (title, judge, measure) in zip(axes, panels, strict=True):
-        for arm, runs in arms.items():
-            steps, values = read_measures(runs, judge)
-            change = values[..., measure] - values[:, :, :1, measure]    # (runs, tasks, steps)
+    pyplot.rcParams["svg.fonttype"] = "none"    # text stays text
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.6 + 0.4 * len(arms)), sharey=True, layout="tight")
+    for axis, title, measure in zip(axes, ("own judge (trains)", "1.5B judge (does not)"), (0, 1), strict=True):
+        for i, (arm, files) in enumerate(arms.items()):
+            _, values = read_measures(files)
+            change = values[:, :, -1, measure] - values[:, :, 0, measure]    # (runs, tasks)
             mean, half = interval(change.mean(axis=0))
-            axis.plot(steps, mean, label=arm)
-            axis.fill_between(steps, mean - half, mean + half, alpha=0.2)
-        axis.axhline(0, color="gray", linewidth=0.5)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step")
-    axes[0].set_ylabel("change of held-out reward")
-    axes[0].legend()
+            axis.errorbar(mean, -i, xerr=half, fmt="o", capsize=3, color=f"C{i}")
+        axis.axvline(0, color="gray", linewidth=0.5)
+        axis.set_title(f"change of held-out reward, {title}", fontsize=9)
+    axes[0].set_yticks([-i for i in range(len(arms))], list(arms))
     figure.savefig(out)
 
 
@@ -331,17 +357,17 @@ def main(argv: list[str]) -> None:
     elif command == "agreement":
         agreement(*rest)
     elif command == "references":
-        references(*rest[:2], rest[2:])
+        references(rest[0], rest[1:])
+    elif command == "others":
+        others(rest[0], rest[1:])
     elif command == "pairs":
         pairs(rest[0])
     else:
         arms = {}
-        for word in [word for word in rest if "=" in word]:
-            arm, _, runs = word.partition("=")
-            arms[arm] = runs.split(",")
-        judges = [word for word in rest if "=" not in word]
-        table(arms, judges)
-        draw(arms, judges, Path(__file__).parent / "learning.svg")
+        for file in rest:
+            arms.setdefault(Path(file).stem.rpartition("_")[0], []).append(file)
+        table(arms)
+        draw(arms, Path(__file__).parent / "learning.svg")
 
 
 if __name__ == "__main__":
