@@ -450,6 +450,24 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     assert losses and losses == pytest.approx([math.log(2)] * len(losses), abs=1e-3)
 
 
+def test_learning_table(tmp_path, capsys):
+    """The table takes another column, the last measure for the first, or does not take the length off."""
+    from assets import learning
+    columns = ["step", "task", "own judge", "this judge", "finished or not", "finished", "golds' words", "words"]
+    answers = [    # of two tasks; a word more is worth 0.01 before training
+        [0, 0, 0.1, 0, 0.50, 1, 0.1, 10], [0, 0, 0.1, 0, 0.60, 1, 0.1, 20],
+        [0, 1, 0.3, 0, 0.30, 1, 0.1, 10], [0, 1, 0.3, 0, 0.40, 1, 0.1, 20],
+        [5, 0, 0.4, 0, 0.75, 1, 0.2, 30], [5, 1, 0.4, 0, 0.55, 1, 0.2, 30]]
+    file = tmp_path / "policy_0.json"
+    file.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=answers)))
+    learning.table(dict(policy=[str(file)]))
+    printed, half = capsys.readouterr().out, 12.71 * np.std([0.3, 0.1], ddof=1) / 2 ** 0.5
+    assert f"| own judge | 0.200 | 0.400 | +0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}] |" in printed
+    assert "| second judge | 0.450 | 0.650 | +0.200 [+0.200, +0.200] |" in printed
+    assert "| words | 15.000 | 30.000 | +15.000" in printed
+    assert "| second judge at equal length | 0.300 | 0.350 | +0.050 [+0.050, +0.050] |" in printed
+
+
 def test_report_in_a_browser(tmp_path):
     """The page's script fails, runs a text, or makes one wait with 10,000 answers."""
     browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no browser")

@@ -63,8 +63,8 @@ def shuffle(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
 def rate_against_decoys(judge: Any, rows: list[tuple[pop.Group, pop.Completion]],
                         cfg: pop.Config) -> list[list[float] | None]:
     """Ratings (K,) in [0, 2]: 1 + P(the gold is in the answer) - mean P(a decoy is in it).
-    Decoys are the first golds of the next three tasks. What makes the judge say Yes to anything is
-    taken off, and 1 means that it saw nothing of this task.
+    Decoys are the first golds of the next three tasks of the call, which needs at least four. What
+    makes the judge say Yes to anything is taken off: at 1 it saw nothing of the task's own.
     """
     groups = []
     for group, _ in rows:
@@ -178,8 +178,6 @@ def select(pool: str, out: str, corpus: str, *left_out: str) -> None:
         lines = [pop.GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in part]
         Path(out, f"{name}.jsonl").write_bytes(b"".join(lines))
     print(f"{len(held_out)} held-out tasks, {len(training) // 4} steps")
-
-
 
 
 def read_measures(files: list[str]) -> tuple[list[int], np.ndarray]:
@@ -310,7 +308,8 @@ def draw(arms: dict[str, list[str]], out: Path) -> None:
     """Change of the held-out reward from the first measure to the last, by the judge that trains and by the other."""
     from matplotlib import pyplot
     pyplot.rcParams["svg.fonttype"] = "none"    # text stays text
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.6 + 0.4 * len(arms)), sharey=True, layout="tight")
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.8 + 0.35 * len(arms)), sharex=True, sharey=True,
+                                   layout="tight")
     for axis, title, measure in zip(axes, ("own judge (trains)", "1.5B judge (does not)"), (0, 1), strict=True):
         for i, (arm, files) in enumerate(arms.items()):
             _, values = read_measures(files)
@@ -319,6 +318,7 @@ def draw(arms: dict[str, list[str]], out: Path) -> None:
             axis.errorbar(mean, -i, xerr=half, fmt="o", capsize=3, color=f"C{i}")
         axis.axvline(0, color="gray", linewidth=0.5)
         axis.set_title(f"change of held-out reward, {title}", fontsize=9)
+    axes[0].set_ylim(0.6 - len(arms), 0.4)
     axes[0].set_yticks([-i for i in range(len(arms))], list(arms))
     figure.savefig(out)
 
