@@ -1623,8 +1623,8 @@ EDITS = edits()
 
 def test_documented_names_and_links():
     """A name, link or file that the text gives is gone, a file is not listed, no test applies an edit."""
-    added = "".join(new for hunks in EDITS.values() for _, new in hunks)
-    sources = added + "".join(page(name) for name in ("pop.py", "eval.py", "assets/bench.py", "requirements-cpu.txt"))
+    pages = ["pop.py", "eval.py", "assets/bench.py", "assets/learning.py", "requirements-cpu.txt"]
+    sources = "".join([*map(page, pages), *(new for hunks in EDITS.values() for _, new in hunks)])
     known = {"help", *re.findall(r"^    (\w+): (?:.*= flag\(|Literal)", sources, re.MULTILINE)}
     for source in PAGES:
         text = re.sub(r"```.*?```", "", page(source), flags=re.DOTALL)
