@@ -512,8 +512,8 @@ def parse_task(text: str, seen: list[str] | None = None) -> tuple[str, str]:
     (the task gives its answer away); duplicate (much like a task in seen).
     """
     reply = parse_json(text, TypeAdapter(Task))
-    check_text(reply.task, [domain.task for domain in DOMAINS.values()])
-    check_text(reply.reference, [domain.reference for domain in DOMAINS.values()])
+    check_text(reply.task, [d.task for d in DOMAINS.values()])
+    check_text(reply.reference, [f"{d.reference} {d.document}" for d in DOMAINS.values()])
     if overlap(reply.reference, reply.task) > 0.3:
         raise ParseError("leaks_reference")
     if seen is not None:

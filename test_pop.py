@@ -433,6 +433,7 @@ def test_tasks_that_are_refused():
             ("What does the document say?", "r", "needs_document"), ("Sum up this  Passage.", "r", "needs_document"),
             ("Which colour is it?", "See the text above.", "needs_document"), ("Document the code.", "r", None),
             (shown.task.upper() + " Please!", "r", "copied_example"), ("Bleeds?", shown.reference, "copied_example"),
+            ("Bleeds?", shown.document, "copied_example"),
             (f"My nose bleeds. {nose} What else?", nose, "leaks_reference"), ("What if my nose bleeds?", nose, None)):
         expected = (task, reference) if reason is None else reason
         assert outcome(pop.parse_task, json.dumps(dict(task=task, reference=reference))) == expected, task
@@ -592,8 +593,7 @@ def test_where_a_turn_ends(tiny_policy, make_cfg, vllm, tmp_path):
     """A base model whose EOS is not its template's end of turn, or that has no template, goes on and plays the user."""
     from transformers import AutoTokenizer
     content = "{% for m in messages %}{{ m['content'] }}\n"
-    for name, template, end in (
-            ("own", "keep", "<|im_end|>"), ("none", None, "<|im_end|>"),
+    for name, template, end in (("own", "keep", "<|im_end|>"), ("none", None, "<|im_end|>"),
             ("other", content + "<|end|>{% endfor %}", "<|end|>"), ("open", content + "{% endfor %}", None)):
         shutil.copytree(tiny_policy, tmp_path / name, ignore=shutil.ignore_patterns("*.jinja"))
         tokenizer = AutoTokenizer.from_pretrained(tiny_policy)

@@ -66,10 +66,7 @@ def rate_against_decoys(judge: Any, rows: list[tuple[pop.Group, pop.Completion]]
     Decoys are the first golds of the next three tasks of the call, which needs at least four. What
     makes the judge say Yes to anything is taken off: at 1 it saw nothing of the task's own.
     """
-    groups = []
-    for group, _ in rows:
-        if group not in groups:
-            groups.append(group)
+    groups = list({id(group): group for group, _ in rows}.values())
     with_decoys = {}    # by id: the group with a longer rubric
     for i, group in enumerate(groups):
         others = [groups[(i + k) % len(groups)] for k in range(1, 1 + DECOYS)]
@@ -121,18 +118,27 @@ def fewer_held_out(engine: pop.Engine, groups: list[pop.Group], cfg: pop.Config,
     sample_answers(engine, groups, cfg)
 
 
+def measures(run: str) -> dict[str, list[dict[str, Any]]]:
+    """Of the files in which a run measured: name -> rows of its held-out tasks."""
+    found = {}
+    for file in sorted(Path(run, "rollouts").glob("step_*.jsonl")):
+        rows = [json.loads(line) for line in open(file, encoding="utf-8")]
+        held_out = [row for row in rows if row["step"] == pop.HELD_OUT]
+        if held_out:
+            found[file.name] = held_out
+    return found
+
+
 def ends(run: str, out: str) -> None:
     """A copy of a run's first and last measure, four answers to a task, for `eval.py rejudge`."""
-    files = sorted(Path(run, "rollouts").glob("step_*.jsonl"))
+    found = measures(run)
     Path(out, "rollouts").mkdir(parents=True)
-    for file in (files[0], files[-1]):
+    for name in (min(found), max(found)):
         lines = []
-        for line in open(file, encoding="utf-8"):
-            row = json.loads(line)
+        for row in found[name]:
             row["completions"] = row["completions"][:HELD_OUT_ANSWERS]
-            if row["step"] == pop.HELD_OUT:
-                lines.append(json.dumps(row) + "\n")
-        Path(out, "rollouts", file.name).write_text("".join(lines), encoding="utf-8")
+            lines.append(json.dumps(row) + "\n")
+        Path(out, "rollouts", name).write_text("".join(lines), encoding="utf-8")
 
 
 def change(name: str) -> None:
@@ -253,12 +259,11 @@ def agreement(file: str) -> None:
                 [[name, *map("{:.2f}".format, mean.loc[name, names])] for name in names])
 
 
-def read_held_out(file: Path, cut_off: bool = True) -> tuple[list[pop.Group], list[list[str]]]:
-    """Held-out tasks of one measure, and the answers to each, with those that are cut off or without."""
+def tasks_and_answers(rows: list[dict[str, Any]], cut_off: bool) -> tuple[list[pop.Group], list[list[str]]]:
+    """Of one measure. cut_off: with the answers that did not finish."""
     groups, answers = [], []
-    for line in open(file, encoding="utf-8"):
-        row = json.loads(line)
-        if row["step"] == pop.HELD_OUT and row["drop_reason"] is None:
+    for row in rows:
+        if row["drop_reason"] is None:
             groups.append(pop.GROUP.validate_python(row | dict(completions=[])))
             answers.append([c["text"] for c in row["completions"] if cut_off or c["finish_reason"] == "stop"])
     return groups, answers
@@ -275,7 +280,7 @@ def scores(engine: pop.Engine, groups: list[pop.Group], answers: list[list[str]]
 def references(run: str, flags: list[str]) -> None:
     """Each held-out task's reference against three finished answers from before training."""
     cfg = pop.parse_args(flags)
-    groups, answers = read_held_out(Path(run, "rollouts", "step_000000.jsonl"), cut_off=False)
+    groups, answers = tasks_and_answers(measures(run)["step_000000.jsonl"], cut_off=False)
     answers = [[group.reference, *texts[:3]] for group, texts in zip(groups, answers, strict=True)]
     signs = []
     for reference, *sampled in scores(pop.Engine(cfg), groups, answers, cfg):
@@ -287,9 +292,9 @@ def others(run: str, flags: list[str]) -> None:
     """The answers of the first and last measure, by their own rubric and by three golds of other tasks."""
     cfg = pop.parse_args(flags)
     engine = pop.Engine(cfg)
-    means = []
-    for file in sorted(Path(run, "rollouts").glob("step_*.jsonl")):
-        groups, answers = read_held_out(file)
+    means, found = [], measures(run)
+    for name in (min(found), max(found)):
+        groups, answers = tasks_and_answers(found[name], cut_off=True)
         own = np.array(scores(engine, groups, answers, cfg))    # (tasks, answers)
         rubrics = [group.rubric for group in groups]
         for i, group in enumerate(groups):
