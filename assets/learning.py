@@ -4,7 +4,7 @@
     python -m assets.learning run ARM [flags of pop.py]    # ARM: policy; or changes of it, such as as_is+shuffled
     python -m assets.learning ends RUN OUT                 # first and last measure, for `eval.py rejudge OUT`
     python -m assets.learning table assets/runs/*.json     # and assets/learning.svg (needs matplotlib)
-    python -m assets.learning agreement FILE               # rank correlations of judges and length, before training
+    python -m assets.learning agreement FILE               # of judges and length, before training
     python -m assets.learning references RUN [flags of pop.py]    # does the judge (--model) know a right answer?
     python -m assets.learning others RUN [flags of pop.py]    # does it say Yes to what is not there?
     python -m assets.learning pairs RUN                    # 20 pairs to read blind, and their key
@@ -25,6 +25,7 @@ import numpy as np
 import pandas
 
 import pop
+from assets.endpoint import Endpoint
 from assets.statistics import interval
 from eval import held_out_answers, print_table
 
@@ -232,23 +233,31 @@ def table(arms: dict[str, list[str]]) -> None:
     rows, changes = [], {}
     for arm, files in arms.items():
         steps, values = read_measures(files)    # (runs, tasks, steps, TITLES)
-        change = values[:, :, -1] - values[:, :, 0]    # (runs, tasks, TITLES)
-        changes[arm] = change.mean(axis=0)    # (tasks, TITLES)
-        for i, title in enumerate(TITLES):
-            before, after = values[:, :, [0, -1], i].mean(axis=(0, 1))
-            over_seeds = cell(change[:, :, i].mean(axis=1)) if len(files) > 1 else "-"
-            rows.append([f"{arm}, {steps[-1]} steps", len(files), title, f"{before:.3f}", f"{after:.3f}",
-                         cell(changes[arm][:, i]), over_seeds])
+        changes[arm] = values[:, :, -1] - values[:, :, 0]    # (runs, tasks, TITLES)
+        ends = values[:, :, [0, -1]].mean(axis=(0, 1))    # (2, TITLES)
+        for title, change, (before, after) in zip(TITLES, intervals(changes[arm]), ends.T, strict=True):
+            rows.append([f"{arm}, {steps[-1]} steps", len(files), title, f"{before:.3f}", f"{after:.3f}", *change])
     for arm in arms:
         if f"{arm}+shuffled" in arms:
-            gaps = changes[arm] - changes[f"{arm}+shuffled"]
-            for title, gap in zip(TITLES, gaps.T, strict=True):
-                rows.append([f"{arm} less its control", "", title, "", "", cell(gap), ""])
+            gaps = changes[arm] - changes[f"{arm}+shuffled"]    # of the same seeds
+            for title, gap in zip(TITLES, intervals(gaps), strict=True):
+                rows.append([f"{arm} less its control", len(gaps), title, "", "", *gap])
     print_table(["arm", "seeds", "measure", "before", "after", "change, 95% over tasks", "95% over seeds"], rows)
 
 
+def intervals(changes: np.ndarray) -> list[tuple[str, str]]:
+    """(runs, tasks, TITLES) -> for each of TITLES the mean change and its intervals over tasks, and over runs."""
+    cells = []
+    for change in np.moveaxis(changes, 2, 0):    # (runs, tasks)
+        over_seeds = cell(change.mean(axis=1)).partition(" ")[2] if len(change) > 1 else "-"    # the mean is known
+        cells.append((cell(change.mean(axis=0)), over_seeds))
+    return cells
+
+
 def agreement(file: str) -> None:
-    """Prints the mean rank correlation of answers to one task, before training, over the tasks."""
+    """Of the answers before training, prints rank correlations within a task (the mean over tasks), and how far
+    the best answer to a task by one measure lies above the task's mean by another (the first one if there are ties).
+    """
     found = json.loads(Path(file).read_text())
     answers = pandas.DataFrame(found["answers"], columns=found["columns"])
     answers = answers[(answers["step"] == found["steps"][0]) & (answers["finished"] == 1)]
@@ -257,6 +266,11 @@ def agreement(file: str) -> None:
     mean = correlations.groupby(level=1, sort=False).mean()
     print_table([f"{len(answers)} answers that count as finished", *names],
                 [[name, *map("{:.2f}".format, mean.loc[name, names])] for name in names])
+    tasks, rows = answers.dropna(subset=names).groupby("task"), []
+    for name in names:
+        best = answers.loc[tasks[name].idxmax()].set_index("task")
+        rows.append([name, *[cell((best[other] - tasks[other].mean()).to_numpy()) for other in names]])
+    print_table(["best of a task by", *names], rows)
 
 
 def tasks_and_answers(rows: list[dict[str, Any]], cut_off: bool) -> tuple[list[pop.Group], list[list[str]]]:
@@ -269,11 +283,11 @@ def tasks_and_answers(rows: list[dict[str, Any]], cut_off: bool) -> tuple[list[p
     return groups, answers
 
 
-def scores(engine: pop.Engine, groups: list[pop.Group], answers: list[list[str]], cfg: pop.Config) -> list[list[float]]:
+def scores(judge: Any, groups: list[pop.Group], answers: list[list[str]], cfg: pop.Config) -> list[list[float]]:
     """Of each task's answers; NaN where there is no verdict."""
     for group, texts in zip(groups, answers, strict=True):
         group.completions = [pop.Completion([], answer=text) for text in texts]
-    pop.score_answers(engine, groups, cfg)
+    pop.score_answers(judge, groups, cfg)
     return [[math.nan if c.score is None else c.score for c in group.completions] for group in groups]
 
 
@@ -289,23 +303,33 @@ def references(run: str, flags: list[str]) -> None:
 
 
 def others(run: str, flags: list[str]) -> None:
-    """The answers of the first and last measure, by their own rubric and by three golds of other tasks."""
+    """The answers of the first and last measure, as the run scored them (it must be of an as_is arm), and by three
+    golds of other tasks.
+    """
     cfg = pop.parse_args(flags)
-    engine = pop.Engine(cfg)
-    means, found = [], measures(run)
+    if cfg.judge_url:
+        judge = Endpoint(cfg.judge_url, cfg.judge_model, pop.gather, cfg.scoring)
+    else:
+        judge = pop.Engine(cfg)
+    means, correlations, found = [], [], measures(run)
     for name in (min(found), max(found)):
         groups, answers = tasks_and_answers(found[name], cut_off=True)
-        own = np.array(scores(engine, groups, answers, cfg))    # (tasks, answers)
+        kept = [row["completions"] for row in found[name] if row["drop_reason"] is None]
+        own = np.array([[c["score"] for c in completions] for completions in kept], dtype=float)
         rubrics = [group.rubric for group in groups]
         for i, group in enumerate(groups):
             golds = [rubrics[(i + k) % len(groups)][0] for k in (5, 11, 17)]
             group.rubric = [criterion.model_copy(update=dict(weight=1)) for criterion in golds]
-        other = np.array(scores(engine, groups, answers, cfg))
+        other = np.array(scores(judge, groups, answers, cfg))
         means.append(np.stack([own, other, own - other]).mean(axis=2))    # (3, tasks)
+        both = np.stack([own, other], axis=2)    # (tasks, answers, 2)
+        within = [pandas.DataFrame(task).corr("spearman").loc[0, 1] for task in both]
+        correlations.append(f"{np.nanmean(within):.2f}")
     rows = []
     titles = ("own golds", "golds of other tasks", "difference")
     for title, before, after in zip(titles, means[0], means[-1], strict=True):
         rows.append([title, f"{before.mean():.3f}", f"{after.mean():.3f}", cell(after - before)])
+    rows.append(["rank correlation of the two within a task", *correlations, ""])
     print_table(["P(Yes) for", "before", "after", "change, 95% over tasks"], rows)
 
 
@@ -315,7 +339,7 @@ def draw(arms: dict[str, list[str]], out: Path) -> None:
     pyplot.rcParams["svg.fonttype"] = "none"    # text stays text
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.8 + 0.35 * len(arms)), sharex=True, sharey=True,
                                    layout="tight")
-    for axis, title, measure in zip(axes, ("own judge (trains)", "1.5B judge (does not)"), (0, 1), strict=True):
+    for axis, title, measure in zip(axes, ("judge that trains", "judge that does not"), (0, 1), strict=True):
         for i, (arm, files) in enumerate(arms.items()):
             _, values = read_measures(files)
             change = values[:, :, -1, measure] - values[:, :, 0, measure]    # (runs, tasks)
