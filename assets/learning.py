@@ -7,6 +7,7 @@
     python -m assets.learning agreement FILE               # of judges and length, before training
     python -m assets.learning references RUN [flags of pop.py]    # does the judge (--model) know a right answer?
     python -m assets.learning others RUN [flags of pop.py]    # does it say Yes to what is not there?
+    python -m assets.learning turned RUN [flags of pop.py]    # does each step of this size make answers longer?
     python -m assets.learning pairs RUN                    # 20 pairs to read blind, and their key
 
 FILE and assets/runs/ARM_SEED.json are what `eval.py rejudge` writes into the folder of a run.
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import torch
 
 import pop
 from assets.endpoint import Endpoint
@@ -31,7 +33,7 @@ from eval import held_out_answers, print_table
 
 # Columns of rejudge's table; the second judge's is of answers as they are, finished or not.
 MEASURES = ("own judge", "finished or not", "golds' words", "words")
-TITLES = ("own judge", "second judge", "golds' words", "words", "second judge at equal length")
+TITLES = ("own judge", "second judge", "golds' words", "words", "second, equal length")
 HELD_OUT_ANSWERS = 4    # to each held-out task
 DECOYS = 3
 rate_expected = pop.rate_expected
@@ -333,6 +335,31 @@ def others(run: str, flags: list[str]) -> None:
     print_table(["P(Yes) for", "before", "after", "change, 95% over tasks"], rows)
 
 
+def turned(run: str, flags: list[str]) -> None:
+    """Words of held-out answers by a run's last policy; with its way from the base model turned round (B -> -B); and as
+    far away in a random direction.
+    """
+    cfg = replace(pop.parse_args(flags), num_generations=HELD_OUT_ANSWERS)
+    engine = pop.Engine(cfg)
+    with engine.building():
+        model = pop.load_policy(cfg)
+    pop.load_checkpoint(Path(run), model, pop.make_optimizer(model, cfg))
+    matrices = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
+    size = torch.cat([p.flatten() for p in matrices]).square().mean().sqrt()
+    torch.manual_seed(0)
+    for title in ("as trained", "turned round", "random signs"):
+        with torch.no_grad():
+            for p in matrices:
+                if title == "turned round":
+                    p.neg_()
+                elif title == "random signs":
+                    p.copy_(size * torch.randn_like(p).sign())
+        groups, _ = tasks_and_answers(measures(run)["step_000000.jsonl"], cut_off=True)
+        engine.load_weights(model, "policy")
+        pop.sample_answers(engine, groups, cfg)
+        print(title, np.mean([len(pop.words(c.text)) for group in groups for c in group.completions]))
+
+
 def draw(arms: dict[str, list[str]], out: Path) -> None:
     """Change of the held-out reward from the first measure to the last, by the judge that trains and by the other."""
     from matplotlib import pyplot
@@ -389,6 +416,8 @@ def main(argv: list[str]) -> None:
         references(rest[0], rest[1:])
     elif command == "others":
         others(rest[0], rest[1:])
+    elif command == "turned":
+        turned(rest[0], rest[1:])
     elif command == "pairs":
         pairs(rest[0])
     else:
