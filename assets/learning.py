@@ -32,6 +32,7 @@ from assets.statistics import interval
 from eval import held_out_answers, print_table
 
 # Columns of rejudge's table; the second judge's is of answers as they are, finished or not.
+# The arm `larger_judge` is as_is with --judge_url; its second judge is the 0.5B model.
 MEASURES = ("own judge", "finished or not", "golds' words", "words")
 TITLES = ("own judge", "second judge", "golds' words", "words", "second, equal length")
 HELD_OUT_ANSWERS = 4    # to each held-out task
