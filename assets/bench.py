@@ -451,7 +451,9 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
 
 
 def test_learning_table(tmp_path, capsys):
-    """The table takes another column, the last measure for the first, or does not take the length off."""
+    """The table takes another column, the last measure for the first, does not take the length off, takes the control
+    from itself, or the best answer is another measure's or of the trained ones.
+    """
     from assets import learning
     columns = ["step", "task", "own judge", "this judge", "finished or not", "finished", "golds' words", "words"]
     answers = [    # of two tasks; a word more is worth 0.01 before training
@@ -465,7 +467,16 @@ def test_learning_table(tmp_path, capsys):
     assert f"| own judge | 0.200 | 0.400 | +0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}] |" in printed
     assert "| second judge | 0.450 | 0.650 | +0.200 [+0.200, +0.200] |" in printed
     assert "| words | 15.000 | 30.000 | +15.000" in printed
-    assert "| second judge at equal length | 0.300 | 0.350 | +0.050 [+0.050, +0.050] |" in printed
+    assert "| second, equal length | 0.300 | 0.350 | +0.050 [+0.050, +0.050] | - |" in printed
+    untrained = [[5, *row[1:]] for row in answers[:4]]
+    control = tmp_path / "policy+shuffled_0.json"
+    control.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=answers[:4] + untrained)))
+    learning.table({"policy": [str(file)] * 2, "policy+shuffled": [str(control)] * 2})
+    gap = f"+0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}] | [+0.200, +0.200]"
+    assert f"| policy less its control | 2 | own judge |  |  | {gap} |" in capsys.readouterr().out
+    learning.agreement(str(file))
+    cells = "+0.000 [+0.000, +0.000] | +0.050 [+0.050, +0.050] | +0.000 [+0.000, +0.000] | +5.000 [+5.000, +5.000]"
+    assert f"| words | {cells} |" in capsys.readouterr().out
 
 
 def test_report_in_a_browser(tmp_path):
