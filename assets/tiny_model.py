@@ -9,7 +9,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from assets.checks import fail
+
 
 
 def tiny_model_folder() -> str:
