@@ -38,6 +38,7 @@ from typing import Annotated, Any, Literal
 import pop    # before PyTorch, because it loads OpenMP
 
 import numpy as np
+import pandas
 import torch
 from jinja2 import TemplateError
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, validate_call
@@ -55,7 +56,6 @@ BenchmarkName = Literal[
 @dataclass
 class EvalConfig:
     """Each field is a flag. What is None, and needed, is filled in by `check_settings`."""
-    # models, prompts and answers
     model: str | None = flag(None, "checkpoint of a run, model folder or hub name")
     baseline: str | None = flag(None, "model to compare with; default: what a LoRA model adapts")
     benchmark: BenchmarkName | None = flag(None, "prompts, and how answers are judged")
@@ -67,12 +67,10 @@ class EvalConfig:
     max_new_tokens: int = flag(2048, "tokens in an answer")
     answer_form: Literal["plain", "tagged"] = flag("plain", "own: as in pop.py")
     domain: Literal["general", "health", "writing"] = flag("general", "own: as in pop.py")
-    # judge
     judge: str | None = flag(None, "model folder, hub name, or OpenAI-compatible URL")
     judge_model: str | None = flag(None, "model name at that URL; its key: $OPENAI_API_KEY")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "own, rejudge: as in pop.py")
     labels: str | None = flag(None, "JSONL of {prompt, answer, criterion, points, criteria_met}")
-    # engine, files
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16" if CUDA else "float32", "of models")
     max_model_len: int = flag(16384, "tokens of prompt and reply; longer ones are left out")
     out: str = flag("evals", "folder of results and caches")
@@ -135,9 +133,6 @@ def ask(item: Item, answer: str, reply: type[Reply]) -> list[Request]:
             parse=lambda text: pop.parse_json(text, TypeAdapter(reply)).model_dump()))
     return requests
 
-# Judges behind a URL are not always guided: "true" and 8.0 are read where true and 8 are wanted.
-LaxBool = Annotated[bool, Field(strict=False)]
-
 # HealthBench (arXiv 2505.08775, openai/simple-evals)
 class Met(Reply):
     """The answer is the last reply to the conversation in the task. Does it meet the criterion in
@@ -146,7 +141,7 @@ class Met(Reply):
     fault. Explain in a sentence, then say true or false.
     """
     explanation: pop.limited(300)
-    criteria_met: LaxBool
+    criteria_met: bool = Field(strict=False)    # a judge behind a URL may write "true"
 
 PointsFor = TypedDict("PointsFor", dict(criterion=Text, points=Number))
 
@@ -372,25 +367,29 @@ def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[A
         text = " ".join(f"{type(error).__name__}: {error}".split())
         fail(f"--{name} {source}: {place}: {text[:500]}")
 
+def load_own(source: str, cfg: EvalConfig) -> list[Item]:
+    """Prompts or tasks in a .jsonl file; or a corpus, whose documents are to become tasks."""
+    columns = set(*read_rows(source, "data")[:1]) if source.endswith(".jsonl") else set()
+    if columns & {"prompt", "task"}:
+        items = read_rows(source, "data", read_own)
+    elif columns and not columns & set(pop.TEXT_COLUMNS):
+        fail(f"--data {source}: needs `prompt`, or a column of documents; has {sorted(columns)}")
+    else:
+        count = cfg.limit or 1000
+        corpus = pop.Config(corpus=source, num_steps=1, docs_per_step=count, eval_docs=0)
+        items = [read_own(document=document) for document in pop.load_corpus(corpus)]
+    for number, item in enumerate(items):
+        item.group.row = number    # seeds what is sampled for it
+    return [item for item in items if item.group.drop_reason is None]
+
 def load_items(cfg: EvalConfig) -> list[Item]:
-    """The prompts, or --limit of them. For `own`, --data may also be a corpus."""
+    """The prompts, or --limit of them."""
     benchmark = BENCHMARKS[cfg.benchmark]
     source = cfg.data or benchmark.source
-    own, corpus = cfg.benchmark == "own", False
-    if own and source.endswith(".jsonl"):
-        first = set(*read_rows(source, "data")[:1])    # names of its columns
-        corpus = not first & {"prompt", "task"}
-        if corpus and not first & set(pop.TEXT_COLUMNS):
-            fail(f"--data {source}: needs `prompt` (or a text column of a corpus), has {first}")
-    if own and (corpus or not source.endswith(".jsonl")):
-        settings = pop_settings(cfg, corpus=source, num_steps=1, eval_docs=0,
-                                docs_per_step=cfg.limit or 1000)
-        items = [read_own(document=document) for document in pop.load_corpus(settings)]
+    if cfg.benchmark == "own":
+        items = load_own(source, cfg)
     else:
         items = read_rows(source, "data", benchmark.read)
-    for number, item in enumerate(items if own else []):    # seeds what is sampled for it
-        item.group.row = number
-    items = [item for item in items if not (own and item.group.drop_reason)]
     items = random.Random(0).sample(items, min(cfg.limit or len(items), len(items)))
     if benchmark.reply is Comparison:
         add_references(items, cfg)
@@ -405,8 +404,7 @@ def check_prompts(cfg: EvalConfig, items: list[Item]) -> None:
             try:
                 tokenizer.apply_chat_template(prompt, tokenize=False)
             except TemplateError as error:
-                roles = ", ".join(turn["role"] for turn in prompt)
-                fail(f"--data: the chat template of {model} refuses turns of {roles}: {error}")
+                fail(f"--data: the chat template of {model} refuses a prompt: {error}")
 
 def complete_items(items: list[Item], cfg: EvalConfig, baseline: "Model") -> list[Item]:
     """`own`: the baseline writes tasks and rubrics that are missing, the same for every checkpoint.
@@ -496,7 +494,6 @@ class Model(AbstractContextManager):
     Its engine has a process of its own, which the first request starts and the end of a `with`
     block ends. A judge at a URL needs no process.
     """
-
     def __init__(self, cfg: EvalConfig, name: str) -> None:
         if name.startswith("http"):
             self.ask = pop.Endpoint(name, cfg.judge_model).generate
@@ -605,8 +602,6 @@ def evaluate(cfg: EvalConfig) -> Row:
     with Model(cfg, cfg.baseline) as baseline:
         if cfg.benchmark == "own":
             items = complete_items(items, cfg, baseline)
-        if not items:
-            fail(f"--data {cfg.data}: holds no prompt, or no document that gave a task")
         rows = []
         for item, seed in product(items, range(cfg.seeds)):
             prompt = item.prompts[seed % len(item.prompts)]
@@ -615,10 +610,8 @@ def evaluate(cfg: EvalConfig) -> Row:
     with Model(cfg, cfg.model) as model:
         sample_answers(cfg, model, rows, "model")
 
-    judged = []
-    for row, side in product(rows, SIDES):
-        if row[side]["answer"] is not None:
-            judged.append((row["item"], row[side]))
+    replies = [(row["item"], row[side]) for row, side in product(rows, SIDES)]
+    judged = [(item, reply) for item, reply in replies if reply["answer"] is not None]
     units = [(item, reply["answer"]) for item, reply in judged]
     if cfg.benchmark == "ifeval":
         verdicts = [verify(item.instructions, answer) for item, answer in units]
@@ -631,51 +624,39 @@ def evaluate(cfg: EvalConfig) -> Row:
                 reply |= verdict
     return write_results(cfg, rows)
 
-def compare(pairs: list[list[tuple[Points, Points]]], clip: bool = False) -> Row:
-    """Points of (model, baseline) for each answer to each prompt -> the two means and their
-    difference as [value, low, high], and how many answers won, tied, lost. The intervals are 95% of
-    2,000 paired bootstrap draws over prompts, since answers to one prompt are not independent.
+def compared(cfg: EvalConfig, rows: list[Row], key: str = "points") -> Row:
+    """Means of model and baseline and their difference as [value, low, high], and how many answers
+    won, tied, lost, over the rows in which both sides were judged. The intervals are 95% of 2,000
+    paired bootstrap draws over prompts, since answers to one prompt are not independent.
     """
-    n = len(pairs)
-    if n == 0:
-        return dict(n=0, win=0, tie=0, loss=0)
-    totals = np.zeros((n, 2, 2))    # prompt, side, (sum of points, number of points)
-    signs = Counter()
-    for i, answers in enumerate(pairs):
-        for sides in answers:
-            for side, points in enumerate(sides):
-                totals[i, side] += sum(points), len(points)
+    prompts, signs = {}, Counter()    # of a prompt for each side: sum of points, number of points
+    for row in rows:
+        sides = [row[side].get(key) for side in SIDES]
+        if None not in sides:
+            sums = prompts.setdefault(row["item"].id, np.zeros((2, 2)))
+            sums += [(sum(points), len(points)) for points in sides]
             gap = np.mean(sides[0]) - np.mean(sides[1])
             signs[int(np.sign(round(gap, 9)))] += 1
-
-    def means(sample: np.ndarray) -> np.ndarray:    # (n, 2, 2) -> model, baseline, difference
-        sums = sample.sum(axis=0)
-        model, baseline = sums[:, 0] / sums[:, 1]
-        return np.array([model, baseline, model - baseline])
-
-    rng = np.random.default_rng(0)
-    draws = [means(totals[rng.integers(n, size=n)]) for _ in range(2000)]
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)    # (3,) each
-    found = np.stack([means(totals), low, high], axis=1)    # (3, 3)
-    if clip:    # both means, but not the difference
+    n = len(prompts)
+    result = dict(n=n, win=signs[1], tie=signs[0], loss=signs[-1])
+    if n == 0:
+        return result
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
+    counts = np.vstack([np.ones(n), draws])    # (2001, n): all prompts once, then the draws
+    totals = np.tensordot(counts, list(prompts.values()), axes=1)    # (2001, 2, 2)
+    means = totals[:, :, 0] / totals[:, :, 1]    # (2001, 2)
+    values = np.column_stack([means, means[:, 0] - means[:, 1]])    # (2001, 3)
+    low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
+    found = np.stack([values[0], low, high], axis=1)    # (3, 3)
+    if BENCHMARKS[cfg.benchmark].clip:    # both means, but not the difference
         found[:2] = found[:2].clip(0, 1)
-    result = dict(zip((*SIDES, "difference"), found.tolist(), strict=True))
-    return result | dict(n=n, win=signs[1], tie=signs[0], loss=signs[-1])
-
-def compared(cfg: EvalConfig, rows: list[Row], key: str = "points") -> Row:
-    """`compare` on the rows in which both sides were judged, answers to one prompt together."""
-    by_item = {}
-    for row in rows:
-        points = [row[side].get(key) for side in SIDES]
-        if None not in points:
-            by_item.setdefault(row["item"].id, []).append(points)
-    return compare(list(by_item.values()), BENCHMARKS[cfg.benchmark].clip)
+    return result | dict(zip((*SIDES, "difference"), found.tolist(), strict=True))
 
 def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
     """results.json: scores in all and by theme, every answer and verdict. Prints a table."""
     result = compared(cfg, rows) | dict(settings=vars(cfg), themes={}, ifeval={})
     if result["n"] == 0:
-        fail("no prompt has a verdict on both answers, so there is no score")
+        fail(f"no score: none of {len(rows)} prompts has a verdict on both answers")
     for theme in sorted({row["item"].theme for row in rows}):
         result["themes"][theme] = compared(cfg, [row for row in rows if row["item"].theme == theme])
     for key in IFEVAL if cfg.benchmark == "ifeval" else []:
@@ -719,11 +700,11 @@ def agreement(y: np.ndarray, v: np.ndarray) -> Row:
     if len(y) == 0:
         return dict(n=0)
     right = v == y
+    accuracy = float(right.mean())
     recalls = [right[y == label].mean() for label in np.unique(y)]
-    chance = y.mean() * v.mean() + (1 - y.mean()) * (1 - v.mean())
-    kappa = float((right.mean() - chance) / (1 - chance)) if chance < 1 else None
-    return dict(n=len(y), accuracy=float(right.mean()), balanced_accuracy=float(np.mean(recalls)),
-                kappa=kappa)
+    chance = y.mean() * v.mean() + (~y).mean() * (~v).mean()
+    kappa = float((accuracy - chance) / (1 - chance)) if chance < 1 else None
+    return dict(n=len(y), accuracy=accuracy, balanced_accuracy=float(np.mean(recalls)), kappa=kappa)
 
 def judge_judge(cfg: EvalConfig) -> Row:
     """Agreement with --labels, asked as in HealthBench: in all, and by the sign of the points."""
@@ -746,7 +727,7 @@ def judge_judge(cfg: EvalConfig) -> Row:
 # 97.5% quantile of Student's t by degrees of freedom, 0 to 9.
 STUDENT = (np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interval(values: Any) -> tuple[Any, Any]:
     """(n, ...) -> mean over n, half its 95% interval (Student's t; from n = 10 on that of 10)."""
     n = len(values)
     quantile = STUDENT[min(n, len(STUDENT)) - 1]
@@ -755,30 +736,25 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # Columns of rejudge's table. The first is the reward that the run itself measured.
 MEASURES = ("own judge", "this judge", "finished or not", "finished", "golds' words", "words")
 
-def answer_measures(completion: Row, item: Item, text: str, ratings: Points | None) -> list[float]:
-    """MEASURES of one answer; NaN where a judge gave no verdict."""
-    own = np.nan if completion["score"] is None else completion["score"]
-    rated = np.nan if ratings is None else score_own(item, ratings)[0]
+def answer_measures(completion: Row, item: Item, text: str,
+                    ratings: Points | None) -> list[float | None]:
+    """MEASURES of one answer; None where a judge gave no verdict."""
+    rated = score_own(item, ratings)[0] if ratings else None
     finished = completion["answer"] != ""
     # Without any judge: how many of the golds' words (of four letters or more) are in the answer?
     golds = " ".join(criterion.gold for criterion in item.group.rubric)
-    wanted = set(re.findall(r"\w{4,}", golds.lower()))
-    share = len(wanted & set(re.findall(r"\w{4,}", text.lower()))) / max(1, len(wanted))
-    return [own, rated if finished else 0.0, rated, finished, share, len(pop.words(text))]
+    wanted, used = [set(re.findall(r"\w{4,}", words.lower())) for words in (golds, text)]
+    share = len(wanted & used) / max(1, len(wanted))
+    in_training = rated if finished else 0.0
+    return [completion["score"], in_training, rated, finished, share, len(pop.words(text))]
 
 def held_out_answers(run: str) -> Iterator[tuple[int, Row, Row]]:
     """(step, group, completion) of all answers to the held-out tasks of a run."""
     for file in sorted(Path(run).glob("rollouts/step_*.jsonl")):
         for group in read_rows(str(file), "run"):
-            for completion in group["completions"] if group["step"] == pop.HELD_OUT else []:
-                yield int(file.stem[5:]), group, completion
-
-def averages(samples: np.ndarray, steps: np.ndarray, measures: np.ndarray) -> np.ndarray:
-    """Of N answers: samples, steps (N,), measures (N, M) -> means (samples, steps, M)."""
-    rows = []
-    for sample, step in product(np.unique(samples), np.unique(steps)):
-        rows.append(np.nanmean(measures[(samples == sample) & (steps == step)], axis=0))
-    return np.reshape(rows, (-1, len(np.unique(steps)), measures.shape[1]))
+            if group["step"] == pop.HELD_OUT:
+                for completion in group["completions"]:
+                    yield int(file.stem[5:]), group, completion
 
 def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
     """Answers to the held-out tasks of runs, rated by --judge on the runs' own rubrics.
@@ -793,40 +769,38 @@ def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
             item = Item("", [], group=Group("", task=row["task"], rubric=rubric))
             units.append((item, completion["answer"] or completion["text"]))
             completions.append(completion)
-            places.append((number, step, row["row"]))
+            places.append([number, step, row["row"]])
         if len({step for place, step, _ in places if place == number}) < 2:
             fail(f"rejudge {run}: holds no two measures of held-out tasks (pop.py --eval_every)")
     verdicts = judge_answers(cfg, units, None)
     print(f"{len(units)} answers, {verdicts.count(None)} without a verdict of {cfg.judge_model}")
-    measures = []
-    for completion, (item, text), ratings in zip(completions, units, verdicts, strict=True):
-        measures.append(answer_measures(completion, item, text, ratings))
-    run, step, task = np.array(places).T    # (N,) each
-    measures, steps = np.array(measures), np.unique(step).tolist()
-    values = averages(run, step, measures)    # (runs, steps, MEASURES)
-    answers = np.column_stack([step, task, measures.round(4)])
+    rows = []
+    for place, completion, unit, ratings in zip(places, completions, units, verdicts, strict=True):
+        rows.append([*place, *answer_measures(completion, *unit, ratings)])
+    frame = pandas.DataFrame(rows, columns=["run", "step", "task", *MEASURES], dtype=float)
     judge = f"{cfg.judge_model}-{cfg.scoring}".replace("/", "_")
     for number, folder in enumerate(runs):
-        found = dict(judge=judge, steps=steps, rewards=values[number, :, 1].tolist(),
-                     columns=["step", "task", *MEASURES], answers=answers[run == number].tolist())
+        answers = frame[frame["run"] == number].drop(columns="run")
+        rewards = answers.groupby("step")["this judge"].mean()    # pandas leaves out what is NaN
+        found = dict(judge=judge, steps=list(rewards.index), rewards=list(rewards),
+                     columns=list(answers), answers=answers.round(4).values.tolist())
         Path(folder, f"rejudge-{judge}.json").write_text(json.dumps(found))
-    if len(runs) == 1:
-        values = averages(task, step, measures)    # (tasks, steps, MEASURES)
+    sample = "run" if len(runs) > 1 else "task"
+    means = frame.groupby(["step", sample])[list(MEASURES)].mean()
     table = []
-    for number, means in zip(steps, np.nanmean(values, axis=0), strict=True):
-        table.append([number, *map("{:.3f}".format, means)])
+    for step, values in means.groupby("step").mean().iterrows():
+        table.append([int(step), *map("{:.3f}".format, values)])
+    change = means.loc[frame["step"].max()] - means.loc[frame["step"].min()]    # of each sample
     table.append(["change [95%]"])
-    for change in (values[:, -1] - values[:, 0]).T:    # (n,) of each measure
-        mean, half = interval(change[~np.isnan(change)])
+    for name in MEASURES:
+        mean, half = interval(change[name].dropna())
         table[-1].append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
     print_table(["step", *MEASURES], table)
 
 def read_lines(file: Path) -> list[Row]:
     """Objects of a JSONL file. What follows the last newline is still being written."""
-    return list(map(read_json, file.read_text(encoding="utf-8").split("\n")[:-1]))
-
-def read_json(text: str) -> Any:
-    return json.loads(text, parse_constant=lambda _: None)    # a browser reads no NaN
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 def write_report(run_dir: Path, out: Path) -> Path:
     """report.html in the run folder: curves, evaluations of its checkpoints (in `out`), and the
@@ -837,7 +811,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
         fail(f"report {run_dir}: is not the folder of a run")
     metrics = read_lines(run_dir / "metrics.jsonl")
     for file in sorted(run_dir.glob("rejudge-*.json")):    # the rewards of another judge
-        other = read_json(file.read_text(encoding="utf-8"))
+        other = json.loads(file.read_text(encoding="utf-8"))
         rewards = dict(zip(other["steps"], other["rewards"], strict=True))
         for row in metrics:
             row[f"eval_reward by {other['judge']}"] = rewards.get(row["step"])
@@ -848,13 +822,15 @@ def write_report(run_dir: Path, out: Path) -> Path:
             tasks.append(group | dict(step=int(file.stem[5:]), held_out=held_out))
     evals = []
     for file in sorted(out.glob("*/results.json")):
-        result = read_json(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
         if Path(result["settings"]["model"]).resolve().is_relative_to(run_dir.resolve()):
             evals.append(result["cells"])
 
-    config = read_json((run_dir / "config.json").read_text(encoding="utf-8"))
-    data = json.dumps(dict(name=run_dir.resolve().name, config=config, metrics=metrics,
-                           tasks=tasks, evals=evals))
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    found = dict(name=run_dir.resolve().name, config=config, metrics=metrics, tasks=tasks,
+                 evals=evals)
+    found = json.loads(json.dumps(found), parse_constant=lambda _: None)    # browsers read no NaN
+    data = json.dumps(found)
     for character in "<>&":    # so that no text can end the script element
         data = data.replace(character, f"\\u{ord(character):04x}")
     page = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
@@ -881,29 +857,25 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
     """Fill in what derives from the rest. Exits on what cannot work, before a model is loaded."""
     needed = ["judge", "labels"] if command == "judge" else ["judge"]
     if command == "":
-        needed = dict(ifeval=[], own=["judge", "data"]).get(cfg.benchmark, needed)
-        needed = ["benchmark", "model", "baseline", *needed]
+        needed = ["benchmark", "model", "baseline", "judge"]
         cfg.baseline = cfg.baseline or adapter(cfg.model or "").get("base_model_name_or_path")
+    if cfg.benchmark == "ifeval":
+        needed.remove("judge")
+    if cfg.benchmark == "own":
+        needed.append("data")
     for name in needed:
         if not getattr(cfg, name):
             fail(f"--{name}: is needed here")
     if cfg.temperature is None and cfg.benchmark:
         cfg.temperature = BENCHMARKS[cfg.benchmark].temperature
-    if cfg.seeds > 1 and cfg.temperature == 0:
-        fail("--seeds: at --temperature 0 all answers to a prompt are the same")
-    if cfg.seeds < 1 or cfg.limit < 0:
-        fail("--seeds, --limit: must be at least 1 and 0")
     at_url = str(cfg.judge).startswith("http")
     if at_url != (cfg.judge_model is not None):
         fail("--judge_model and a URL as --judge: one needs the other")
     for name in ("model", "baseline", "judge"):
         model = getattr(cfg, name)
         if model and not (name == "judge" and at_url):
-            settings = engine_settings(cfg, model)
-            path = model if adapter(model) else settings.model
+            path = model if adapter(model) else engine_settings(cfg, model).model
             setattr(cfg, name, os.path.abspath(path) if Path(path).is_dir() else path)
-            if name != "judge" and settings.max_model_len <= cfg.max_new_tokens:
-                fail(f"--max_new_tokens {cfg.max_new_tokens}: {model} has no room for a prompt")
     if at_url:    # it must be able to rate the worked example, or pop.ask ends the program
         example = pop.DOMAINS["general"]
         answers = [(example["task"], example["rubric"], example["answer"])]

@@ -51,6 +51,7 @@ from glob import glob
 from itertools import chain, groupby
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 # Intel's OpenMP (package intel-openmp) makes an update on a CPU about three times as fast, if it is
@@ -128,8 +129,6 @@ class Config:
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
     rubric_candidates: int = flag(0, "answers that the rubric writer sees, roughly (paper: 10)")
-    no_document: bool = flag(False, "ablation: tasks come from the model alone")
-    no_document_in_rubric: bool = flag(False, "paper's ablation: its writer sees the task only")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
     advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
@@ -270,7 +269,6 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)          # not in a task file
-
 GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
 
 def kept(groups: list[Group]) -> list[Group]:
@@ -295,17 +293,6 @@ DOMAINS = {
                 entry("cleaning", "Never let the pan soak.", "Warns against soaking.", 1)],
         answer="Rub on a little oil and bake it for an hour, against rust. Soak the pan "
                "overnight."),
-    "health": dict(
-        assignment="one question of a patient or carer that names the health problem",
-        document="In a nosebleed, sit up, lean forward and pinch the soft part of the nose for "
-                 "ten minutes. See a doctor if it bleeds over thirty minutes or after a blow.",
-        task="My nose has started to bleed. How do I stop it, and when must I see a doctor?",
-        reference="Lean slightly forward and pinch the soft part of your nose for ten minutes. "
-                  "See a doctor if it bleeds for over thirty minutes.",
-        rubric=[entry("pressure", "Pinch the soft part for ten minutes.", "Place and time.", 3),
-                entry("posture", "Sit up and lean slightly forward.", "How to sit.", 2),
-                entry("warnings", "Over thirty minutes, or after a blow.", "When to go.", 3)],
-        answer="Sit up and pinch the soft part for ten minutes. You will not need a doctor."),
     "writing": dict(
         assignment="one short creative writing assignment that names its people and places",
         document="Ida repairs clocks in a rainy harbour town. A stranger leaves her a silver watch "
@@ -319,6 +306,8 @@ DOMAINS = {
                 entry("lost sound", "A familiar sound falls silent.", "It is missed.", 2)],
         answer="A man gave Ida a watch that ran backwards. It rained, and she went to bed."),
 }
+DOMAINS["health"] = DOMAINS["general"] | dict(
+    assignment="one question of a patient or carer that names the health problem")
 # The judge's example: its verdict on the general domain's answer.
 VERDICT = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
            '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
@@ -339,7 +328,6 @@ def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
     """Each text in its fence, then the instruction: small models follow what they read last."""
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
-
 def rubric_json(rubric: list[Criterion]) -> str:
     return Rubric(criteria=rubric).model_dump_json()
 
@@ -351,27 +339,20 @@ def chat(instruction: str, reply: str, domain: dict, texts: dict[str, str]) -> M
             user_turn(instruction, texts)]
 
 def proposer_prompt(document: str, cfg: Config) -> Messages:
-    """Asks for a Task about the document; with an empty one, about anything."""
     domain = DOMAINS[cfg.domain]
-    instruction = f"Write {domain['assignment']}. Then answer it in a few sentences."
-    if document:
-        instruction = (f"From the document, write {domain['assignment']}, for a reader who never "
-                       "sees it. Then answer it in a few sentences, with the document's facts or "
-                       "ideas.")
+    instruction = (f"From the document, write {domain['assignment']}, for a reader who never sees "
+                   "it. Then answer it in a few sentences, with the document's facts or ideas.")
     example = Task(task=domain["task"], reference=domain["reference"])
     return chat(instruction, example.model_dump_json(), domain, dict(document=document))
 
 def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
-    """Asks for a Rubric of the group's task; candidates may be empty."""
     domain = DOMAINS[cfg.domain]
     contrast = ", and that tell good candidates from bad ones" if candidates else ""
     instruction = ("Write a rubric by which others grade answers to the task: 3 to 5 criteria that "
                    f"check different points{contrast}. name: two or three words. gold: what the "
                    "best answer says on this point. description: what to check. weight: 1 to 5.")
-    texts = dict(document=group.document, task=group.task, reference=group.reference)
-    if cfg.no_document_in_rubric:    # the reference holds what the document says
-        texts |= dict(document="", reference="")
-    texts["candidates"] = candidates
+    texts = dict(document=group.document, task=group.task, reference=group.reference,
+                 candidates=candidates)
     return chat(instruction, rubric_json(domain["rubric"]), domain, texts)
 
 def solver_prompt(task: str, cfg: Config) -> Messages:
@@ -388,7 +369,6 @@ def solver_prompt(task: str, cfg: Config) -> Messages:
     return [dict(role="user", content=text)]
 
 def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
-    """Asks for a verdict, see verdict_type: for each criterion a short thought, then a rating."""
     instruction = ("Grade the answer by the rubric, strictly. For every criterion, compare the "
                    "answer with the gold in a short thought, then rate: 2 if it fully agrees with "
                    "the gold, 1 if partly, 0 if the point is missing or wrong.")
@@ -409,7 +389,6 @@ CORPORA = {
     "writing": ("Skelebor/book_titles_and_descriptions", None),
 }
 TEXT_COLUMNS = ("text", "description", "content", "document")
-FORMATS = (".txt", ".jsonl", ".parquet")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces: each character counts as a word.
 NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}"
 WORD = rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+"
@@ -421,47 +400,35 @@ def cut_words(text: str, count: int) -> str:
     # At most 8 characters for each, because a "word" may be a whole file in base64.
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
-def local_files(path: Path) -> list[Path]:
-    """The file itself, or all files in a folder that can be read, but for hidden ones."""
+def read_rows(path: Path) -> Iterator[dict]:
+    """Rows of a file, or of all files in a folder but hidden ones. Exits where one is not UTF-8."""
     names = sorted(glob("**/*", root_dir=path, recursive=True))    # takes the folder literally
-    found = [path, *(path / name for name in names)]
-    files = [file for file in found if file.suffix in FORMATS and file.is_file()]
-    if not files:
-        fail(f"corpus {path}: holds no {' or '.join(FORMATS)} file")
-    return files
-
-def read_rows(files: list[Path]) -> Iterator[dict]:
-    """Rows of local files, which must be UTF-8: exits with one line that names the file."""
-    for path in files:
+    files = [path, *(path / name for name in names)]
+    for file in filter(Path.is_file, files):
         number = 0
         try:
-            if path.suffix == ".parquet":
-                table = ParquetFile(path)
+            if file.suffix == ".parquet":
+                table = ParquetFile(file)
                 columns = [name for name in table.schema_arrow.names if name in TEXT_COLUMNS]
                 for batch in table.iter_batches(columns=columns):
                     yield from batch.to_pylist()
-                continue
-            file = open(path, encoding="utf-8-sig")    # -sig: without a byte order mark
-            if path.suffix == ".txt":
-                for blank, lines in groupby(file, str.isspace):    # documents end at blank lines
+            elif file.suffix == ".txt":    # documents end at blank lines
+                for blank, lines in groupby(open(file, encoding="utf-8-sig"), str.isspace):
                     yield dict(text="" if blank else "".join(lines))
-                continue
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield dict(json.loads(line))    # an error, too, where it is no object
+            elif file.suffix == ".jsonl":
+                for number, line in enumerate(open(file, encoding="utf-8-sig"), start=1):
+                    if not line.isspace():
+                        yield dict(json.loads(line))    # an error, too, where it is no object
         except (ValueError, TypeError, RecursionError, OSError) as error:
-            fail(f"corpus {path} line {number}: {' '.join(str(error).split())}")
+            fail(f"corpus {file} line {number}: {' '.join(str(error).split())}")
 
 def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents in a shuffled order, as many as the run can use; the first --eval_docs are
     held out. A longer run has the same first documents, so --num_steps can be raised on resume.
     """
-    if cfg.no_document:
-        return [""] * (cfg.eval_docs + 1)
     name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
     if Path(name).exists():
-        source = dict(files=local_files(Path(name)))
-        rows = IterableDataset.from_generator(read_rows, gen_kwargs=source)
+        rows = IterableDataset.from_generator(read_rows, gen_kwargs=dict(path=Path(name)))
     else:    # a hub dataset is streamed, never downloaded whole
         rows = load_dataset(name, revision=revision, split="train", streaming=True)
     rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
@@ -480,8 +447,7 @@ def load_corpus(cfg: Config) -> list[str]:
             break
     print(f"{name}: {len(documents)} documents in column {column} of {count} rows", flush=True)
     if len(documents) <= cfg.eval_docs:
-        fail(f"corpus {name}: only {len(documents)} documents have {cfg.min_doc_words} words "
-             f"(--min_doc_words), and {cfg.eval_docs} are held out")
+        fail(f"corpus {name}: has no document of {cfg.min_doc_words} words that is not held out")
     return list(documents)
 
 def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
@@ -520,7 +486,7 @@ def overlap(text: str, other: str, n: int = 4) -> float:
     return len(own & ngrams(other, n)) / len(own)
 
 def is_copy(text: str, others: Iterable[str]) -> bool:
-    """Most of the text (over 60% of its 4-grams) is found in one of the others."""
+    """Over 60% of its 4-grams are found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
 # A text that the reader cannot see. Where one is refused wrongly, another is asked for.
@@ -528,7 +494,6 @@ UNSEEN = (r"\b(this|the|(the )?(given|above|following|provided)) "
           r"(document|text|passage|article|excerpt)s?\b")
 
 def check_text(text: str, examples: Iterable[str]) -> None:
-    """Raises ParseError: an unseen document is named, or an example copied."""
     if re.search(UNSEEN, " ".join(text.lower().split())):
         raise ParseError("needs_document")
     if is_copy(text, examples):    # small models do that
@@ -566,11 +531,9 @@ def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     return [float(verdict[criterion.name].rating) for criterion in rubric]
 
 def parse_yes_no(logprobs: list[float]) -> list[float]:
-    """Log-probs of Yes and No as first word of a judge's reply -> one rating in [0, 2].
-    Raises ParseError if the two have less than 10% of the probability.
-    """
+    """Log-probs of Yes and No as first word of a judge's reply -> one rating in [0, 2]."""
     yes, no = np.exp(logprobs)
-    if yes + no < 0.1:
+    if yes + no < 0.1:    # it wants to say something else
         raise ParseError("no_yes_or_no")
     return [float(2 * yes / (yes + no))]
 
@@ -597,9 +560,7 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
-    """Fill in completion.advantage. A group is dropped if all scores are equal (zero_spread), or if
-    fewer than two answers have one (judge).
-    """
+    """Fill in completion.advantage; a group of equal scores, or of less than two, is dropped."""
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     advantages = group_advantages(scores, cfg.advantage)
     if not advantages.any():
@@ -653,14 +614,12 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + update
 
 def load_policy(cfg: Config) -> nn.Module:
-    """The model to train: with LoRA adapters, or at --lora_rank 0 all its weights."""
     torch.manual_seed(cfg.seed)
     config = AutoConfig.from_pretrained(cfg.model)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)    # no dropout: the engine samples without it
-    dtype = getattr(torch, cfg.dtype)
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config, dtype=cfg.dtype)
     model.config.use_cache = False
     model.train()    # gradient checkpointing works in this mode only
     if cfg.lora_rank > 0:    # freeze all, adapt every linear layer except the output head
@@ -741,8 +700,7 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     (arXiv 2503.20783).
     """
     mask = mask.bool()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
+    advantages = advantages.reshape(len(mask), -1)    # (B, 1) or (B, T)
     log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
     ratio = log_ratio.exp()
     factor = ratio.clamp(max=ratio_cap) * advantages    # (B, T)
@@ -768,14 +726,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
         dpo_accuracy=((margin > 0).sum().item(), len(margin)),
         dpo_margin=(margin.sum().item(), len(margin)))
 
-@dataclass(kw_only=True)
-class Batch:
-    """A micro-batch of prompts and answers, right-padded to (B, T)."""
-    input_ids: Tensor
-    attention_mask: Tensor     # 1 on prompt and answer
-    target_mask: Tensor        # 1 on the answer
-    engine_logprobs: Tensor    # 0 outside of the answer
-    advantages: Tensor         # (B,)
+Batch = SimpleNamespace    # made by collate, padded on the right to (B, T)
 
 def collate(completions: list[Completion], device: torch.device) -> Batch:
     """Masks go by length, never by token value: EOS is trained even if it is the pad token."""
@@ -786,10 +737,10 @@ def collate(completions: list[Completion], device: torch.device) -> Batch:
     ones = [[1] * len(c.token_ids) for c in completions]
     return Batch(
         input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
-        attention_mask=pad([[1] * len(z + o) for z, o in zip(zeros, ones)]),
-        target_mask=pad([z + o for z, o in zip(zeros, ones)]),
+        attention_mask=pad([[1] * len(z + o) for z, o in zip(zeros, ones)]),    # prompt and answer
+        target_mask=pad([z + o for z, o in zip(zeros, ones)]),                  # answer
         engine_logprobs=pad([z + c.engine_logprobs for z, c in zip(zeros, completions)]),
-        advantages=torch.tensor([c.advantage for c in completions], device=device))
+        advantages=torch.tensor([c.advantage for c in completions], device=device))    # (B,)
 
 def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch; units: the answers or DPO pairs of the whole step."""
@@ -801,8 +752,7 @@ def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple
             mask=batch.target_mask, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
     # Best and worst answers alternate. The base model has sampled them: it is the reference.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
-    return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], beta=cfg.dpo_beta,
-                    normalizer=units)
+    return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, units)
 
 # ---- 10. update ----
 def longest(completions: list[Completion]) -> int:    # in tokens of prompt and answer
@@ -819,12 +769,6 @@ def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion
         else:
             packs.append(list(unit))
     return packs
-
-def micro_batches(units: list[list[Completion]], model: nn.Module,
-                  cfg: Config) -> Iterator[Batch]:
-    device = next(model.parameters()).device
-    for rows in pack(units, cfg.micro_batch_tokens)[RANK::WORLD]:
-        yield collate(rows, device)
 
 def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
     # A unit that is longer than --micro_batch_tokens: slower, but in less memory.
@@ -855,8 +799,7 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
         if p.owner == RANK:
             device = "cpu" if cfg.offload_optimizer else p.device
             masters[name] = nn.Parameter(p.detach().to(device, torch.float32))
-    optimizer = torch.optim.AdamW(masters.values(), lr=cfg.learning_rate, weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(masters.values(), cfg.learning_rate, weight_decay=0, fused=True)
     optimizer.masters = masters
     return optimizer
 
@@ -871,9 +814,7 @@ def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping; if
-    it is not finite there is no step.
-    """
+    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping."""
     parameters = trainable(model)
     for p in parameters.values():
         if p.main_grad is None:    # this rank had no batch
@@ -881,7 +822,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         if WORLD > 1:
             dist.all_reduce(p.main_grad)
     grad_norm = nn.utils.get_total_norm([p.main_grad for p in parameters.values()]).item()
-    if math.isfinite(grad_norm):
+    if math.isfinite(grad_norm):    # else there is no step
         scale = min(1.0, 1.0 / (grad_norm + 1e-6))
         for name, master in optimizer.masters.items():
             master.grad = parameters[name].main_grad.mul_(scale).to(master.device)
@@ -908,7 +849,6 @@ PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
                   "{{ '### Assistant:\n' }}")
-
 YES_NO = ("Yes", "No")
 
 @dataclass
@@ -965,7 +905,6 @@ class Engine:
         torch.set_num_threads(CPU_THREADS)
 
     def read_template(self) -> None:
-        """Where a turn ends, and which tokens no text may hold, by the chat template."""
         self.stop_strings = []
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
@@ -975,8 +914,7 @@ class Engine:
         turns = [dict(role="user", content="kiwano"), dict(role="assistant", content="salak")]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if "kiwano" not in text or "salak" not in text:
-            fail(f"model {self.cfg.model}: its chat template leaves out what was said (it may want "
-                 "a list of parts); give it another one")
+            fail(f"model {self.cfg.model}: its chat template leaves out the text of a message")
         self.yes_no = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in YES_NO]
         # The token after the reply ends a turn: for a base model it is not its EOS.
         end = text.rpartition("salak")[2].strip()
@@ -1043,8 +981,8 @@ class Engine:
         """
         self.wake("weights")
         with swapped_weights(model, model.states[which]):
-            tensors = dict(weights_iterator=named_weights(model))
-            self.llm.collective_rpc("reload_weights", kwargs=tensors)
+            handed = dict(weights_iterator=named_weights(model))
+            self.llm.collective_rpc("reload_weights", kwargs=handed)
             self.llm.apply_model(repack_tied_head)
             self.wake("kv_cache")    # last, because handing over needs room
             if not self.llm.reset_prefix_cache():
@@ -1052,12 +990,10 @@ class Engine:
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """Raises RuntimeError if engine and trainer give 16 sampled tokens other log-probs, beyond
-        rounding: then they do not hold the same weights.
-        """
+        """Raises RuntimeError if engine and trainer differ on 16 sampled tokens, beyond rounding."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature, logprobs=True)
-        batch = collate(self.sample([request], "probe"), next(model.parameters()).device)
+        batch = collate(self.sample([request], "probe"), model.device)
         with torch.no_grad():
             logprobs = policy_logprobs(model, batch, self.cfg)
         gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
@@ -1090,15 +1026,12 @@ class Endpoint:
         self.model = model
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
-        """A reply to each request, 32 at once; of several ranks the first one asks."""
-        with ThreadPoolExecutor(32) as pool:
+        with ThreadPoolExecutor(32) as pool:    # of several ranks the first one asks
             replies = list(pool.map(self.complete, requests if RANK == 0 else []))
         return gather(replies)[0]
 
     def complete(self, request: Request) -> Completion:
-        """What fails 5 times has finish_reason "endpoint" and the error as text; also where Yes or
-        No is not among the 20 likeliest words.
-        """
+        """What fails 5 times has finish_reason "endpoint" and the error as its text."""
         options = dict(logprobs=True, top_logprobs=20) if request.yes_no else {}
         if request.schema:
             schema = dict(name="reply", schema=request.schema)
@@ -1110,7 +1043,7 @@ class Endpoint:
             choice = response.choices[0]
             text, reason, logprobs = choice.message.content or "", choice.finish_reason, []
             if request.yes_no:
-                likeliest = choice.logprobs.content[0].top_logprobs
+                likeliest = choice.logprobs.content[0].top_logprobs    # an error if one is missing
                 known = {candidate.token: candidate.logprob for candidate in likeliest}
                 reason, logprobs = "stop", [known[word] for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
@@ -1128,13 +1061,9 @@ def ask(model: Any, role: str, requests: list[Request]) -> list:
     """
     results, pending, unusable = [None] * len(requests), range(len(requests)), ""
     for attempt in range(3):
-        asked = []
-        for i in pending:
-            temperature = requests[i].temperature
-            if attempt > 0:    # greedy decoding would fail the same way again
-                temperature = max(temperature, 0.5)
-            seed = requests[i].seed + attempt
-            asked.append(replace(requests[i], seed=seed, temperature=temperature))
+        warmth = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
+        asked = [replace(requests[i], seed=requests[i].seed + attempt,
+                         temperature=max(requests[i].temperature, warmth)) for i in pending]
         for i, reply in zip(pending, model.generate(asked, role), strict=True):
             request = requests[i]
             try:
@@ -1181,8 +1110,8 @@ def pick_candidates(group: Group, cfg: Config) -> str:
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
-    """Rubric writer: fills in the rubric of kept groups that have none, or drop_reason. Greedy, as
-    in the paper: a 0.5B model kept closer to 12 documents than at temperature 0.5.
+    """Rubric writer: fills in missing rubrics of kept groups, or drop_reason. Greedy, as in the
+    paper: a 0.5B model kept closer to 12 documents than at temperature 0.5.
     """
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
@@ -1220,7 +1149,7 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
         if step != HELD_OUT:
             name, steps = f"step_{step:06d}", range(step, min(step + cfg.task_steps, cfg.num_steps))
         groups = []
-        for new_step in [number for number in steps if number not in known_steps]:
+        for new_step in sorted(set(steps) - known_steps):
             for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
                 groups.append(Group(document, step=new_step, row=row))
         engine.load_weights(model, "base")
@@ -1259,10 +1188,9 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             if attempt == 0 or cfg.num_generations - len(missing) < 8:
                 places += [(group, i) for i in missing]
         for group, i in places:
-            requests.append(Request(
-                solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens, logprobs=True,
-                temperature=cfg.temperature,
-                seed=request_seed(cfg, "solver", group.step, group.row, i, attempt)))
+            seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
+            requests.append(Request(solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens,
+                                    temperature=cfg.temperature, logprobs=True, seed=seed))
         for (group, i), reply in zip(places, engine.generate(requests, "solver"), strict=True):
             reply.answer = read_answer(reply, cfg)
             group.completions[i] = reply
@@ -1354,29 +1282,25 @@ def held_out_metrics(groups: list[Group]) -> dict[str, float]:
                 eval_finished=rollout_metrics(groups)["finished"], eval_tasks=len(rewards))
 
 def update_metrics(parts: list[Metrics]) -> dict[str, float]:
-    """What the losses of all micro-batches and ranks say: sum / count of each metric."""
-    sums, counts = Counter(), Counter()
+    """What the losses of all micro-batches and ranks say."""
+    totals = {}
     for part in chain(*gather(parts)):
-        for name, (value, count) in part.items():
-            sums[name] += value
-            counts[name] += count
-    return {name: value / (counts[name] or 1) for name, value in sums.items()}
+        for name, pair in part.items():
+            totals[name] = np.add(totals.get(name, 0), pair)
+    return {name: float(total / (count or 1)) for name, (total, count) in totals.items()}
 
 def memory_gb() -> float:
-    """GPU memory in use after an update (PyTorch keeps blocks: near the peak); on CPU the peak."""
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info()    # PyTorch keeps its blocks: near the peak
         return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
 
 def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> None:
-    """Write rollouts/step_NNNNNN.jsonl and a line of metrics.jsonl, print a line."""
     if RANK > 0:
         return
     for_machines = {"completions": {"__all__": {"prompt_ids", "token_ids", "engine_logprobs"}}}
     with open(run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl", "wb") as file:
-        for group in groups:
-            file.write(GROUP.dump_json(group, exclude=for_machines) + b"\n")
+        file.writelines(GROUP.dump_json(group, exclude=for_machines) + b"\n" for group in groups)
     with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
@@ -1388,18 +1312,15 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
-    """checkpoints/step_NNNNNN, complete or absent: the model, and the trainer's state. Nothing else
-    is needed to resume: tasks are files, the rest derives from seed and step.
-    """
+    """checkpoints/step_NNNNNN, complete or absent: all that a run needs to go on, but its tasks."""
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
     trainer = part / "trainer"    # vLLM takes all tensor files in a model's folder for weights
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
         trainer.mkdir(parents=True)
     gather(None)    # the folder is there
-    state = {}
-    for name, master in optimizer.masters.items():
-        state[name] = dict(optimizer.state[master], master=master.detach())
+    state = {name: dict(optimizer.state[master], master=master.detach())
+             for name, master in optimizer.masters.items()}
     torch.save(state, trainer / f"rank_{RANK}.pt")
     gather(None)    # all ranks have written
     if RANK > 0:
@@ -1422,7 +1343,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
 
 @torch.no_grad()
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and optimizer; returns the steps made. The number of ranks may differ."""
+    """Returns the steps made. The number of ranks may differ from that of the save."""
     state = {}
     for file in (folder / "trainer").glob("*.pt"):
         state |= torch.load(file, map_location="cpu", mmap=True)
@@ -1437,8 +1358,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 # Settings that a resumed run may change.
 RESUMABLE = {"preset", "run_dir", "resume", "tasks", "num_steps", "warmup_steps", "save_every",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "judge_url"}
-# What a config calls what cannot be trained (quantized weights), goes by other names in vLLM
-# (experts), or is not in token_logprobs (logits that are capped or scaled).
+# Config fields of quantized weights, experts (vLLM names them otherwise), and changed logits.
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
                "final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -1454,7 +1374,6 @@ def find_model(name: str) -> str:
     return name
 
 def check_run(cfg: Config) -> None:
-    """Exit with one line if the run's folder, or a setting of a resumed run, cannot be used."""
     run_dir = Path(cfg.run_dir)
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
@@ -1502,7 +1421,6 @@ def main(cfg: Config) -> None:
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-
     # ---- start: what can fail fails here ----
     cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
     cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
@@ -1539,7 +1457,6 @@ def main(cfg: Config) -> None:
         measured = []
         if cfg.eval_every and step % cfg.eval_every == 0:
             measured = measure(engine, judge, model, held_out, cfg, metrics)
-
         # ---- rollouts: the base model writes tasks and rubrics and judges ----
         with clock(metrics, "tasks"):
             groups = tasks_of_step(engine, model, corpus, step, cfg)
@@ -1550,23 +1467,21 @@ def main(cfg: Config) -> None:
             engine.load_weights(model, "base")
             write_rubrics(engine, groups, cfg)    # those that had to wait for the answers
             score_answers(judge, groups, cfg)
-
         # ---- advantages, relative to the group ----
         units = list(chain(*[training_units(group, cfg) for group in kept(groups)]))
-
         # ---- update: one AdamW step on all answers, or on all DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
         losses = []
         with clock(metrics, "update"):
             engine.sleep()    # load_weights wakes it
-            for batch in micro_batches(units, model, cfg):
+            for rows in pack(units, cfg.micro_batch_tokens)[RANK::WORLD]:    # this rank's share
+                batch = collate(rows, model.device)
                 logprobs = policy_logprobs(model, batch, cfg)    # (B, T)
                 loss, loss_metrics = batch_loss(logprobs, batch, len(units), cfg)
                 loss.backward()    # add_main_grad takes the gradients
                 losses.append(loss_metrics)
             if units:
                 metrics["grad_norm"] = optimizer_step(model, optimizer)    # not finite: no step
-
         # ---- log, save ----
         metrics |= rollout_metrics(groups) | update_metrics(losses)
         metrics |= dict(step=step, peak_memory_gb=memory_gb())
@@ -1575,7 +1490,6 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with clock(metrics, "save"):    # after the log, so that no saved step lacks its line
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
-
     if cfg.eval_every:    # the last policy's, in a line of its own
         measured = measure(engine, judge, model, held_out, cfg, metrics)
         log_step(run_dir, metrics | dict(step=cfg.num_steps), measured, cfg)

@@ -79,7 +79,8 @@ def rate_against_decoys(judge: Any, answers: Answers, cfg: pop.Config) -> list[p
     for (_, rubric, _), verdict in zip(answers, rate(judge, longer, cfg), strict=True):
         if verdict.ratings is not None:
             own, decoys = verdict.ratings[:len(rubric)], verdict.ratings[len(rubric):]
-            verdict = verdict._replace(ratings=[1 + (r - np.mean(decoys)) / 2 for r in own])
+            bias = float(np.mean(decoys))
+            verdict = verdict._replace(ratings=[1 + (rating - bias) / 2 for rating in own])
         results.append(verdict)
     return results
 
