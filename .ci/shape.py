@@ -1,16 +1,14 @@
-"""Keeps pop.py and eval.py readable: python .ci/shape.py    (exits with 1 where a file is over a limit)
+"""The shape of the files that people read: python .ci/shape.py    (fails for a line over 100 columns)
 
-nodes: expressions and statements a code line; the models of this field have 4 to 6. comments: share of
-lines that are comments on their own line or docstrings. comprehensions: in 100 code lines.
+Goals for pop.py: 1,500 lines, 6.9 nodes a code line, comments 16%. nodes: expressions and statements;
+models of this field have 4 to 6. comments: share of lines that are comments on their own line or
+docstrings. comprehensions: in 100 code lines. A thermometer: a fork that adds lines stays green.
 """
 import ast
 import sys
 from pathlib import Path
 
-LIMITS = {
-    "pop.py": dict(lines=1600, columns=100, nodes=7.0, comments=0.16, comprehensions=6, main=120),
-    "eval.py": dict(lines=800, columns=100, nodes=8.0, comments=0.12, comprehensions=8, main=120),
-}
+FILES = ("pop.py", "eval.py", "test_pop.py")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -30,21 +28,19 @@ def measure(text: str) -> dict[str, float]:
         lines=len(lines), columns=max(map(len, lines)), comments=len(documented) / len(lines),
         nodes=sum(isinstance(node, ast.expr | ast.stmt) for node in nodes) / code,
         comprehensions=100 * sum(isinstance(node, COMPREHENSIONS) for node in nodes) / code,
-        main=max(f.end_lineno - f.lineno + 1 for f in functions if f.name == "main"),
-        function=max(f.end_lineno - f.lineno + 1 for f in functions if f.name != "main"))
+        longest_function=max(f.end_lineno - f.lineno + 1 for f in functions))
 
 
 def main() -> None:
-    over = []
-    for name, limits in LIMITS.items():
+    wide = []
+    for name in FILES:
         found = measure(Path(__file__).parent.parent.joinpath(name).read_text(encoding="utf-8"))
-        print(name, *(f"{key} {value:.3g}" for key, value in found.items()))
-        for key, limit in (limits | dict(function=60)).items():
-            if found[key] < limit if key == "comments" else found[key] > limit:
-                over.append(f"{name}: {key} {found[key]:.3g}, limit {limit}")
-    # An empty text is an error to sys.exit, too, so that it is called only where something is over.
-    if over:
-        sys.exit("\n".join(over))
+        print(name, *(f"{key} {value:.4g}" for key, value in found.items()))
+        if found["columns"] > 100:
+            wide.append(f"{name}: a line of {found['columns']} columns")
+    # An empty text is an error to sys.exit, too, so that it is called only where something is wide.
+    if wide:
+        sys.exit("\n".join(wide))
 
 
 if __name__ == "__main__":

