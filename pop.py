@@ -48,11 +48,11 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, repeat
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 # Intel's OpenMP (package intel-openmp) makes an update on a CPU about three times as fast, if it is
 # in the process before PyTorch loads another one.
@@ -160,9 +160,9 @@ PRESETS: dict = {
         temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
         warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048),
     # As published: full weights; the base model answers, and is the reference of DPO.
-    "paper": dict(
-        loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
-        answer_form="tagged", rubric_candidates=10, lr_schedule="cosine", max_model_len=16384),
+    "paper": dict(loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
+                  answer_form="tagged", rubric_candidates=10, lr_schedule="cosine",
+                  max_model_len=16384),
 }
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
@@ -386,11 +386,9 @@ def yes_no_prompt(answer: str, gold: str) -> Messages:
 
 # ---- 5. corpus ----
 # Hub dataset and revision of each domain. openwebtext's own loading script no longer runs.
-CORPORA = {
-    "general": ("Skylion007/openwebtext", "refs/convert/parquet"),
-    "health": ("m42-health/HC4", None),
-    "writing": ("Skelebor/book_titles_and_descriptions", None),
-}
+CORPORA = {"general": ("Skylion007/openwebtext", "refs/convert/parquet"),
+           "health": ("m42-health/HC4", None),
+           "writing": ("Skelebor/book_titles_and_descriptions", None)}
 TEXT_COLUMNS = ("text", "description", "content", "document")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces: each character counts as a word.
 NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}"
@@ -717,11 +715,10 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     loss = -torch.where(mask, factor * logprobs, 0.0).sum() / normalizer
     tokens = mask.sum().item()
     entropy = -torch.where(mask, logprobs.detach(), 0.0).sum()    # an estimate, if on policy
-    return loss, dict(
-        loss=(loss.item(), 0),
-        entropy=(entropy.item(), tokens),
-        engine_gap=(log_ratio.abs().sum().item(), tokens),
-        ratio_clipped=(((ratio > ratio_cap) & mask).sum().item(), tokens))
+    clipped = (ratio > ratio_cap) & mask
+    return loss, dict(loss=(loss.item(), 0), entropy=(entropy.item(), tokens),
+                      engine_gap=(log_ratio.abs().sum().item(), tokens),
+                      ratio_clipped=(clipped.sum().item(), tokens))
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
              beta: float, normalizer: float) -> tuple[Tensor, Metrics]:
@@ -731,10 +728,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     loss = -F.logsigmoid(margin).sum() / normalizer
-    return loss, dict(
-        loss=(loss.item(), 0),
-        dpo_accuracy=((margin > 0).sum().item(), len(margin)),
-        dpo_margin=(margin.sum().item(), len(margin)))
+    return loss, dict(loss=(loss.item(), 0), dpo_margin=(margin.sum().item(), len(margin)),
+                      dpo_accuracy=((margin > 0).sum().item(), len(margin)))
 
 Batch = SimpleNamespace    # made by collate, padded on the right to (B, T)
 
@@ -1218,32 +1213,29 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         if group.completions[0].finish_reason == "too_long":
             group.drop_reason, group.completions = "solver/too_long", []
 
-class Verdict(NamedTuple):
-    ratings: list[float] | None    # (K,) in [0, 2], one for each criterion; None: no verdict
-    failures: list[str]            # why replies could not be used
-
-def rate(judge: Any, answers: list[tuple], cfg: Config) -> list[Verdict]:
-    """A judge's verdict on each (task, rubric, text): an answer, a reference or any other text."""
+def rate(judge: Any, answers: list[tuple], cfg: Config,
+         failures: Iterable[list[str]] = repeat([])) -> list[list[float] | None]:
+    """A judge's ratings (K,) in [0, 2] of each (task, rubric, text): of an answer, a reference or
+    any other text; None where it gave none. Why it did not is added to the lists in failures.
+    """
     requests = []
-    for task, rubric, text in answers:
+    for (task, rubric, text), noted in zip(answers, failures):
         if cfg.scoring == "pointwise":    # one reply, with a thought and a rating on each criterion
             requests.append([Request(
                 judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
-                schema=verdict_type(rubric).json_schema(),
+                schema=verdict_type(rubric).json_schema(), failures=noted,
                 parse=partial(parse_verdict, rubric=rubric),
                 seed=request_seed(cfg, "judge", task, text))])
         else:    # one question on each criterion
             questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
-            requests.append([Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no)
-                             for question in questions])
+            requests.append([Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no,
+                                     failures=noted) for question in questions])
     results = iter(ask(judge, "judge", list(chain(*requests))))
-    verdicts = []
-    for asked in requests:    # those for one answer
+    ratings = []
+    for asked in requests:    # those for one text
         parts = list(islice(results, len(asked)))    # ratings from each, or None
-        ratings = None if None in parts else list(chain(*parts))
-        failures = list(chain(*[request.failures for request in asked]))
-        verdicts.append(Verdict(ratings, failures))
-    return verdicts
+        ratings.append(None if None in parts else list(chain(*parts)))
+    return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of every answer of kept groups; earlier ones are forgotten.
@@ -1259,12 +1251,12 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
                 answers.append((group.task, group.rubric, completion.answer))
             elif cfg.answer_form == "plain":
                 completion.ratings, completion.score = [0.0] * len(group.rubric), 0.0
-    for (group, completion), verdict in zip(places, rate(judge, answers, cfg), strict=True):
-        group.failures += verdict.failures
-        if verdict.ratings is not None:
+    found = rate(judge, answers, cfg, [group.failures for group, _ in places])
+    for (group, completion), ratings in zip(places, found, strict=True):
+        completion.ratings = ratings
+        if ratings is not None:
             weights = [criterion.weight for criterion in group.rubric]
-            completion.ratings = verdict.ratings
-            completion.score = rubric_score(verdict.ratings, weights)
+            completion.score = rubric_score(ratings, weights)
 
 # ---- 13. log and checkpoints ----
 PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
@@ -1335,14 +1327,13 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
                     tokenizer: Any, cfg: Config) -> None:
     """checkpoints/step_NNNNNN, complete or absent: all that a run needs to go on, but its tasks."""
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
-    trainer = part / "trainer"    # vLLM takes all tensor files in a model's folder for weights
-    if RANK == 0:
+    if RANK == 0:    # a subfolder, since vLLM takes all tensors in a model's folder for weights
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        trainer.mkdir(parents=True)
+        (part / "trainer").mkdir(parents=True)
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
-    torch.save(state, trainer / f"rank_{RANK}.pt")
+    torch.save(state, part / "trainer" / f"rank_{RANK}.pt")
     gather(None)    # all ranks have written
     if RANK > 0:
         return

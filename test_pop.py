@@ -22,7 +22,6 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from datetime import date
 from functools import cached_property
 from itertools import dropwhile
 from pathlib import Path
@@ -1030,10 +1029,12 @@ def test_verdicts(make_cfg, capsys, scoring):
     engine, odd = FakeEngine(cfg := make_cfg(scoring=scoring)), "nobody can judge this"
     answers = [("t", RUBRIC[:1], "quality 2"), ("t", RUBRIC, odd), ("t", RUBRIC, "a reference"),
                ("u", RUBRIC, "quality 2")]
-    one, none, other, two = pop.rate(engine, answers, cfg)
+    notes = [[] for _ in answers]
+    one, none, other, two = pop.rate(engine, answers, cfg, notes)
     best, tries = (2, 3) if scoring == "pointwise" else (pytest.approx(2 * 0.98 / 0.99), 2)
-    assert (one, other, two) == (([best], []), ([1, 1], []), ([best] * 2, []))
-    assert none.ratings is None and len(none.failures) == tries and "judge/" in none.failures[0]
+    assert (one, none, other, two) == ([best], None, [1, 1], [best] * 2)
+    assert notes[::2] == [[], []] and notes[3] == []
+    assert len(notes[1]) == tries and "judge/" in notes[1][0]
     assert pop.rate(engine, [], cfg) == []
     group, dropped = [Group("d", task="t", rubric=RUBRIC, completions=answers_of("quality 1", ""))
                       for _ in range(2)]
@@ -1043,7 +1044,7 @@ def test_verdicts(make_cfg, capsys, scoring):
         pop.score_answers(engine, [dropped, group], cfg)
     first, second = group.completions
     assert (first.score, second.score, second.ratings) == (0.5, None, None)
-    assert group.failures == none.failures and dropped.completions[0].score is None
+    assert group.failures == notes[1] and dropped.completions[0].score is None
     engine.say = lambda *_: Completion([], text="I'd rather not", finish_reason="length")
     line = fails(capsys, pop.score_answers, engine, [group], cfg)
     assert "the judge" in line and line.endswith("length: \"I'd rather not\"")
@@ -1761,7 +1762,8 @@ def test_documented_names_and_links():
     assert len(metrics) > 10
     for name in metrics:
         assert re.search(rf'\b{name}=|"{name}[" /]', page("pop.py")), name
-    listed = {name.strip("/") for name in re.findall(r"`([\w./-]+)`", text.partition("\nFiles:")[2])}
+    quoted = re.findall(r"`([\w./-]+)`", text.partition("\nFiles:")[2])
+    listed = {name.strip("/") for name in quoted}
     assert listed >= {file.name for file in (REPO / "assets").glob("[a-zA-Z]*")}
     for name in listed:
         assert (REPO / name).exists() or (REPO / "assets" / name).exists(), name
@@ -1776,8 +1778,8 @@ def norms(cfg):
     return [line["grad_norm"] for line in read_lines(Path(cfg.run_dir) / "metrics.jsonl")]
 
 def words_rated(module):
-    [verdict] = module.rate_words([("", RUBRIC, "It IS red")])
-    return not last_turns("judge") and verdict.ratings == [2.0, pytest.approx(4 / 3)]
+    [ratings] = module.rate_words([("", RUBRIC, "It IS red")])
+    return not last_turns("judge") and ratings == [2.0, pytest.approx(4 / 3)]
 
 def sampled_at(temperatures):
     asked = FakeEngine.last.requests("solver")
@@ -1791,9 +1793,11 @@ CHECKS = {    # title: (flags, what must be true after two steps of module m wit
     "KL term": (dict(kl_coef=1e4), lambda m, c: norms(c)[1] > 100 * norms(c)[0]),
     "The judge sees the document": (dict(scoring="pointwise"), lambda m, c: see_document("judge")),
     "Random window of long documents": (
-        dict(max_doc_words=55), lambda m, c: not all("w0 " in turn for turn in last_turns("proposer"))),
+        dict(max_doc_words=55),
+        lambda m, c: not all("w0 " in turn for turn in last_turns("proposer"))),
     "Another column": (
-        {}, lambda m, c: all("leaf" in t and "Copyright" not in t for t in last_turns("proposer"))),
+        {}, lambda m, c: all("leaf" in turn and "Copyright" not in turn
+                             for turn in last_turns("proposer"))),
     "Another domain": (
         dict(domain="garden"), lambda m, c: "tomato" in str(FakeEngine.last.asked[0][1].messages)),
     "Entropy bonus": (dict(entropy_coef=1e4), lambda m, c: norms(c)[0] > 10),
@@ -2330,9 +2334,10 @@ def test_expected_at_an_endpoint(server, make_cfg):
         return said("Yes", **p.get(answer) or p[gold])
     server.say = say
     answers = [("t", RUBRIC, "odd"), ("t", RUBRIC, "a")]
-    odd, found = pop.rate(pop.Endpoint(server.url, "m"), answers, make_cfg())
-    assert found.ratings == pytest.approx([1.5, 0.5]) and found.failures == []
-    assert odd == (None, ["judge/endpoint"] * 2)    # No is not among the tokens it tells
+    notes = [], []
+    odd, found = pop.rate(pop.Endpoint(server.url, "m"), answers, make_cfg(), notes)
+    assert found == pytest.approx([1.5, 0.5]) and odd is None
+    assert notes == (["judge/endpoint"] * 2, [])    # No is not among the tokens it tells
     asked = [request["logprobs"] and request["temperature"] for request in server.asked]
     assert asked == [0, 0, 0, 0]    # the likeliest tokens are those at temperature 1
 
@@ -2555,7 +2560,7 @@ def test_a_checkpoint_at_vllms_server(needs_vllm, make_cfg, monkeypatch, capsys,
     judge.client.max_retries = 0
     assert "Connection error" in fails(capsys, pop.rate, judge, answers, pointwise)
     assert first == again    # greedy
-    assert all(verdict.ratings and not verdict.failures for verdict in first)
+    assert all(first)
     engine = FakeEngine(make_cfg(model=folder))
     prompt = pop.yes_no_prompt(domain["reference"], domain["rubric"][0].gold)
     question = Completion([], prompt_ids=engine.encode(prompt))

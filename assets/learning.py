@@ -63,7 +63,8 @@ def shuffle(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
         completion.advantage = advantage
 
 
-def rate_against_decoys(judge: Any, answers: Answers, cfg: pop.Config) -> list[pop.Verdict]:
+def rate_against_decoys(judge: Any, answers: Answers, cfg: pop.Config,
+                        *failures: Any) -> list[list[float] | None]:
     """Ratings (K,) in [0, 2]: 1 + P(the gold is in the answer) - mean P(a decoy is in it).
     Decoys are the first golds of the next three tasks of the call, which needs at least four. What
     makes the judge say Yes to anything is taken off: at 1 it saw nothing of the task's own.
@@ -76,23 +77,22 @@ def rate_against_decoys(judge: Any, answers: Answers, cfg: pop.Config) -> list[p
         with_decoys[task] = rubrics[task] + [rubrics[other][0] for other in others]
     longer = [(task, with_decoys[task], text) for task, _, text in answers]
     results = []
-    for (_, rubric, _), verdict in zip(answers, rate(judge, longer, cfg), strict=True):
-        if verdict.ratings is not None:
-            own, decoys = verdict.ratings[:len(rubric)], verdict.ratings[len(rubric):]
-            bias = float(np.mean(decoys))
-            verdict = verdict._replace(ratings=[1 + (rating - bias) / 2 for rating in own])
-        results.append(verdict)
+    for (_, rubric, _), ratings in zip(answers, rate(judge, longer, cfg, *failures), strict=True):
+        if ratings is not None:
+            own, decoys = ratings[:len(rubric)], ratings[len(rubric):]
+            ratings = [1 + (rating - float(np.mean(decoys))) / 2 for rating in own]
+        results.append(ratings)
     return results
 
 
-def rate_by_words(judge: Any, answers: Answers, cfg: pop.Config) -> list[pop.Verdict]:
+def rate_by_words(judge: Any, answers: Answers, cfg: pop.Config,
+                  *failures: Any) -> list[list[float]]:
     """Ratings (K,) in [0, 2] without a model: 2 x the share of the gold's words in the answer."""
     results = []
     for _, rubric, text in answers:
         answer = long_words(text)
         golds = [long_words(criterion.gold) for criterion in rubric]
-        ratings = [2 * len(answer & gold) / max(1, len(gold)) for gold in golds]
-        results.append(pop.Verdict(ratings, []))
+        results.append([2 * len(answer & gold) / max(1, len(gold)) for gold in golds])
     return results
 
 
