@@ -22,7 +22,6 @@ Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), 
 older policy (a batch is used once; ratio_cap is there for vLLM's rounding), no division by the
 group's std or the answer's length (both bias the gradient), and no KL term (README adds one). The
 paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
-
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
     python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
@@ -48,12 +47,11 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, groupby, islice, repeat
+from itertools import chain, groupby, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn
-
 # Intel's OpenMP (package intel-openmp) makes an update on a CPU about three times as fast, if it is
 # in the process before PyTorch loads another one.
 OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
@@ -252,7 +250,6 @@ def check_names(rubric: list[Criterion]) -> list[Criterion]:
     return rubric
 
 HELD_OUT = -1    # in place of the number of a step, for tasks that nothing is trained on
-
 @dataclass
 class Group:
     """One document and all that is made of it. But for completions it is a line of a task file."""
@@ -404,8 +401,7 @@ def cut_words(text: str, count: int) -> str:
 def read_rows(path: Path) -> Iterator[dict]:
     """Rows of a file, or of all files in a folder but hidden ones. Exits where one is not UTF-8."""
     names = sorted(glob("**/*", root_dir=path, recursive=True))    # [x] in path means [x]
-    files = [path, *(path / name for name in names)]
-    for file in filter(Path.is_file, files):
+    for file in filter(Path.is_file, [path, *(path / name for name in names)]):
         number = 0
         try:
             if file.suffix == ".parquet":
@@ -483,8 +479,7 @@ def parse_json(text: str, reply_type: TypeAdapter) -> Any:
 def ngrams(text: str, n: int) -> frozenset:
     """n-grams of words, in lower case; a text of fewer words is one n-gram."""
     tokens = words(re.sub(r"[\p{Punctuation}\p{Symbol}]", " ", text.lower()))
-    count = max(1, len(tokens) - n + 1)
-    return frozenset(tuple(tokens[i:i + n]) for i in range(count))
+    return frozenset(tuple(tokens[i:i + n]) for i in range(max(1, len(tokens) - n + 1)))
 
 def overlap(text: str, other: str, n: int = 4) -> float:
     """Share of the n-grams in text that other has, too, in [0, 1]."""
@@ -563,8 +558,7 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     r = scores[scored]
     if len(r) < 2 or r.max() - r.min() <= 1e-6:
         return advantages
-    scale = 1.0 if kind == "mean" else r.std() + 1e-4
-    advantages[scored] = (r - r.mean()) / scale
+    advantages[scored] = (r - r.mean()) / (1.0 if kind == "mean" else r.std() + 1e-4)
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
@@ -731,23 +725,21 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return loss, dict(loss=(loss.item(), 0), dpo_margin=(margin.sum().item(), len(margin)),
                       dpo_accuracy=((margin > 0).sum().item(), len(margin)))
 
-Batch = SimpleNamespace    # made by collate, padded on the right to (B, T)
-
-def collate(completions: list[Completion], device: torch.device) -> Batch:
-    """Masks go by length, never by token value: EOS is trained even if it is the pad token."""
+def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
+    """A micro-batch (B, T), padded right. Masks go by length: EOS is trained even if it is pad."""
     def pad(rows: list[list]) -> Tensor:    # (B, T)
         tensors = [torch.tensor(row, device=device) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     zeros = [[0] * len(c.prompt_ids) for c in completions]
     ones = [[1] * len(c.token_ids) for c in completions]
-    return Batch(
+    return SimpleNamespace(
         input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
         attention_mask=pad([[1] * len(z + o) for z, o in zip(zeros, ones)]),    # prompt and answer
         target_mask=pad([z + o for z, o in zip(zeros, ones)]),                  # answer
         engine_logprobs=pad([z + c.engine_logprobs for z, c in zip(zeros, completions)]),
         advantages=torch.tensor([c.advantage for c in completions], device=device))    # (B,)
 
-def batch_loss(logprobs: Tensor, batch: Batch, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
+def batch_loss(logprobs: Tensor, batch: Any, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch; units: the answers or DPO pairs of the whole step."""
     if cfg.loss == "pg":
         # A constant, so that dropped or cut answers do not change the step that the others make.
@@ -775,7 +767,7 @@ def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion
             packs.append(list(unit))
     return packs
 
-def policy_logprobs(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
+def policy_logprobs(model: nn.Module, batch: SimpleNamespace, cfg: Config) -> Tensor:
     # Only a single long unit has more tokens. Checkpointing is slower, but takes less memory.
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
@@ -1113,9 +1105,8 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
 def pick_candidates(group: Group, cfg: Config) -> str:
     """About --rubric_candidates answers; as in the paper, evenly over their lengths."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
-    if not cfg.rubric_candidates:
-        return ""
-    picked = answers[::max(1, len(answers) // cfg.rubric_candidates)]
+    every = max(1, len(answers) // max(1, cfg.rubric_candidates))
+    picked = answers[::every] if cfg.rubric_candidates else []
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
@@ -1125,10 +1116,9 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
     for group in groups:
-        prompt = rubric_prompt(group, pick_candidates(group, cfg), cfg)
         requests.append(Request(
-            prompt, max_tokens=800, schema=Rubric.model_json_schema(), parse=parse_rubric,
-            seed=request_seed(cfg, "rubric", group.step, group.row), failures=group.failures))
+            rubric_prompt(group, pick_candidates(group, cfg), cfg), max_tokens=800,
+            schema=Rubric.model_json_schema(), parse=parse_rubric, failures=group.failures))
     for group, rubric in zip(groups, ask(engine, "rubric", requests), strict=True):
         if rubric is None:
             group.drop_reason = group.failures[-1]
@@ -1139,12 +1129,11 @@ def read_tasks(folder: Path) -> list[Group]:
     """The groups of all task files in a folder. Exits with one line if a line is not a group."""
     groups = []
     for path in sorted(folder.glob("*.jsonl")):
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    groups.append(GROUP.validate_json(line))
-                except ValidationError as error:
-                    fail(f"{path} line {number}: {' '.join(str(error).split())}")
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                groups.append(GROUP.validate_json(line))
+            except ValidationError as error:
+                fail(f"{path} line {number}: {' '.join(str(error).split())}")
     return groups
 
 def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
@@ -1214,18 +1203,18 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             group.drop_reason, group.completions = "solver/too_long", []
 
 def rate(judge: Any, answers: list[tuple], cfg: Config,
-         failures: Iterable[list[str]] = repeat([])) -> list[list[float] | None]:
+         failures: list[list[str]] | None = None) -> list[list[float] | None]:
     """A judge's ratings (K,) in [0, 2] of each (task, rubric, text): of an answer, a reference or
     any other text; None where it gave none. Why it did not is added to the lists in failures.
     """
     requests = []
-    for (task, rubric, text), noted in zip(answers, failures):
+    failures = failures or [[] for _ in answers]
+    for (task, rubric, text), noted in zip(answers, failures, strict=True):
         if cfg.scoring == "pointwise":    # one reply, with a thought and a rating on each criterion
             requests.append([Request(
                 judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
                 schema=verdict_type(rubric).json_schema(), failures=noted,
-                parse=partial(parse_verdict, rubric=rubric),
-                seed=request_seed(cfg, "judge", task, text))])
+                parse=partial(parse_verdict, rubric=rubric))])
         else:    # one question on each criterion
             questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
             requests.append([Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no,
@@ -1255,13 +1244,11 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     for (group, completion), ratings in zip(places, found, strict=True):
         completion.ratings = ratings
         if ratings is not None:
-            weights = [criterion.weight for criterion in group.rubric]
-            completion.score = rubric_score(ratings, weights)
+            completion.score = rubric_score(ratings, [k.weight for k in group.rubric])
 
 # ---- 13. log and checkpoints ----
-PRINTED = ("reward_mean", "finished", "answer_tokens", "groups_kept", "grad_norm", "engine_gap",
-           "eval_reward", "eval_reward_se", "seconds/tasks", "seconds/answer", "seconds/judge",
-           "seconds/update")
+PRINTED = ("reward_mean finished answer_tokens groups_kept grad_norm engine_gap eval_reward "
+           "eval_reward_se seconds/tasks seconds/answer seconds/judge seconds/update").split()
 
 @contextmanager
 def clock(metrics: dict, phase: str) -> Iterator[None]:
@@ -1457,19 +1444,17 @@ def main(cfg: Config) -> None:
         start_run(cfg, first_step)
     if newest is None:    # what fails in a save must fail now
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
-    held_out = []
+    held_out, metrics = [], {}
     if cfg.eval_every:    # before all others: a training task much like one of these is refused
         held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
         write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
-    metrics: dict = {}
 
     for step in range(first_step, cfg.num_steps):
         # ---- measure ----
-        measured = []
-        if cfg.eval_every and step % cfg.eval_every == 0:
-            measured = measure(engine, judge, model, held_out, cfg, metrics)
+        due = cfg.eval_every and step % cfg.eval_every == 0
+        measured = measure(engine, judge, model, held_out, cfg, metrics) if due else []
         # ---- rollouts: the base model writes tasks and rubrics and judges ----
         with clock(metrics, "tasks"):
             groups = tasks_of_step(engine, model, corpus, step, cfg)
