@@ -668,7 +668,9 @@ def test_scripts_without_spaces_and_words_without_end(make_cfg, tmp_path):
 def test_documents_of_a_step(make_cfg):
     """A longer run has other documents, a held-out one is trained on, an epoch leaves one out."""
     short, long = (pop.load_corpus(make_cfg(num_steps=n)) for n in (2, 5))
-    assert len(short) == 4 and len(long) == 10 and long[:4] == short
+    assert len(short) == 4
+    assert len(long) == 10
+    assert long[:4] == short
     assert pop.load_corpus(make_cfg(num_steps=5, seed=1)) != long
     assert pop.load_corpus(make_cfg(num_steps=2, eval_every=1, eval_docs=3)) == long[:7]
     assert set(pop.load_corpus(make_cfg(no_document=True))) == {""}
@@ -976,7 +978,8 @@ def test_plain_answers_are_sampled_once(make_cfg):
         seeds.append([request.seed for request in engine.requests("solver")])
         for r in engine.requests("solver"):
             assert (r.temperature, r.max_tokens, r.logprobs, r.schema) == (0.9, 96, True, None)
-    assert seeds[0][12:] == seeds[1] and len(set(seeds[0])) == 24
+    assert seeds[0][12:] == seeds[1]
+    assert len(set(seeds[0])) == 24
     assert [g.drop_reason for g in groups] == ["solver/too_long", "rubric/no_json", None]
     assert [len(g.completions) for g in groups] == [0, 0, 12]
 
@@ -1074,7 +1077,8 @@ def test_tasks_are_written_for_many_steps(make_cfg):
         ("proposer", 1), ("rubric", 5), "base", ("proposer", 4), ("rubric", 4)]
     assert [group.document for group in groups] == corpus
     assert groups[2].drop_reason == "proposer/duplicate"
-    assert all(group.rubric == RUBRIC for group in pop.kept(groups)) and len(pop.kept(groups)) == 11
+    assert all(group.rubric == RUBRIC for group in pop.kept(groups))
+    assert len(pop.kept(groups)) == 11
     assert pop.tasks_of_step(engine, None, corpus, pop.HELD_OUT, cfg) == groups[:2]
 
 def test_edited_tasks_are_honoured(make_cfg, capsys):
@@ -1093,7 +1097,8 @@ def test_edited_tasks_are_honoured(make_cfg, capsys):
     steps = [pop.tasks_of_step(engine, None, corpus, step, cfg) for step in range(3)]
     assert [(g.task, g.drop_reason) for g in steps[0]] == [("My own question?", "looks wrong")]
     assert [group.document for group in steps[1] + steps[2]] == corpus[2:6]
-    assert steps[2][0].rubric[0].weight == 0.5 and engine.calls.count("base") == 2
+    assert steps[2][0].rubric[0].weight == 0.5
+    assert engine.calls.count("base") == 2
     good = json.dumps(rows[0])
     for bad in (good[:-9], "", good.replace('"weight": 3', '"weight": -3'),
                 good.replace('"task"', '"tsak"'),
@@ -1261,7 +1266,8 @@ def test_small_steps_are_not_rounded_away(make_model):
     for _ in range(3):
         (pop.policy_logprobs(model, collated(training_answers()), cfg).sum() / 7).backward()
         sums.append([p.main_grad.clone() for p in parameters.values()])
-    assert max(held) <= 1 and all(p.grad is None for p in parameters.values())
+    assert max(held) <= 1
+    assert all(p.grad is None for p in parameters.values())
     for p, once in zip(parameters.values(), sums[0], strict=True):
         assert p.main_grad.dtype == torch.float32 and once.any()
         assert torch.equal(p.main_grad, once + once + once)
@@ -1286,7 +1292,8 @@ def test_optimizer_step(make_model):
             p.main_grad = torch.full_like(p, norm / size ** 0.5)
         assert pop.optimizer_step(model, plain) == pytest.approx(norm, rel=1e-4)
         moved = nn.utils.parameters_to_vector(parameters) - before
-        assert moved.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-3) and moved.max() < 0
+        assert moved.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-3)
+        assert moved.max() < 0
     update(model, optimizer, cfg)
 
     def state():
@@ -1523,7 +1530,9 @@ def test_task_files_are_what_is_trained_on(make_cfg, tmp_path):
     made = rollouts(tmp_path / "run")
     assert [(m["step"], m["task"]) for m in made[:3]] == [(r["step"], r["task"]) for r in rows]
     assert {len(c["ratings"] or [0]) for c in made[0]["completions"]} == {1}
-    assert len(made) == 5 and names_in(file.parent) == [file.name] and read_lines(file) == rows
+    assert len(made) == 5
+    assert names_in(file.parent) == [file.name]
+    assert read_lines(file) == rows
 
 # ---- models that cannot work ----
 def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
@@ -1720,7 +1729,8 @@ def test_documented_commands(monkeypatch):
     # .ci/run runs the second block, set up and test: the first one sets up in the same way.
     blocks = re.findall(r"```bash\n(.*?)```", page("README.md"), re.DOTALL)
     first, second = [block.strip().splitlines() for block in blocks[:2]]
-    assert first[:-1] == second[:-1] and len(first) == 4
+    assert first[:-1] == second[:-1]
+    assert len(first) == 4
 
 def edits():
     """The edits of all pages: {title: [(lines that are there, lines that shall be there), ..]}."""
@@ -1975,7 +1985,8 @@ def read_report(run, out):
 def test_every_benchmark(evaluation, capsys, benchmark, better, base, theme):
     """A row is read wrong, verdicts or models are mixed up, a failed verdict counts as 0."""
     result = evaluation(benchmark)
-    assert result["left_out"] == 1 and result["win"] == result["themes"][theme]["n"] == 2
+    assert result["left_out"] == 1
+    assert result["win"] == result["themes"][theme]["n"] == 2
     assert result["model"] == [better] * 3 and result["baseline"] == [base] * 3
     printed = capsys.readouterr().out
     assert f"| {benchmark} | better | base | judge | 2 | {better:.3f}" in printed
@@ -2018,7 +2029,8 @@ def test_what_the_cache_keeps(monkeypatch, tmp_path):
     monkeypatch.setattr(pop.Endpoint, "complete", complete)
     assert ask(1.0, 1, 2, 1) == ask(1.0, 1, 2, 1) == [("1", "stop"), ("2", "stop"), ("1", "stop")]
     assert ask(0.0, 3, 4) == ask(0.0, 4, 3) and len(asked) == 3    # greedy
-    assert ask(1.0, 9) == [("9", "too_long")] and ask(1.0, 9) == [("9", "endpoint")]
+    assert ask(1.0, 9) == [("9", "too_long")]
+    assert ask(1.0, 9) == [("9", "endpoint")]
     assert ask(1.0, 9, 9) == ask(1.0, 9, 9) == [("9", "length")] * 2
     assert ask(1.0, 9, yes_no=True) == ask(1.0, 9, yes_no=True) == [("9", "stop", -1.0)]
 
@@ -2066,7 +2078,8 @@ def test_own_writes_what_is_missing(evaluation, tmp_path):
     talk, hi = turns("Hello", "Yes?", "What is it?"), dict(prompt="Hi", rubric=RUBRIC_ROWS)
     write_lines(file, [dict(prompt=talk), hi, hi | dict(prompt=turns("Hi"))])
     result = evaluation("own", "--data", file)
-    assert talk in [row["item"]["prompts"][0] for row in result["rows"]] and result["n"] == 2
+    assert talk in [row["item"]["prompts"][0] for row in result["rows"]]
+    assert result["n"] == 2
     [text] = texts_for(evaluation.calls, "rubric")
     assert "user: Hello\n\nassistant: Yes?\n\nuser: What is it?" in text
 
@@ -2124,7 +2137,9 @@ def test_a_result_from_nothing(evaluation, tmp_path, capsys):
     rows = [row | dict(prompt_id=str(i), rubrics=HEALTH_ROWS[i:]) for i in (0, 2, 3)]
     write_lines(file, rows)
     result = evaluation("healthbench", "--data", file)
-    assert result["n"] == 1 and result["left_out"] == 2 and result["model"] == [1.0] * 3
+    assert result["n"] == 1
+    assert result["left_out"] == 2
+    assert result["model"] == [1.0] * 3
     write_lines(file, rows[1:])
     assert "no score" in fails(capsys, evaluation, "healthbench", "--data", file)
 
@@ -2132,7 +2147,8 @@ def test_ifeval_is_lm_evals(evaluation):
     """Scores that nobody else would get; a random letter changes them from run to run."""
     pytest.importorskip("langdetect")    # lm_eval's own import would take all that it needs
     result = evaluation("ifeval")    # two answers of three words, one of one word
-    assert result["model"][0] == pytest.approx(2 / 3) and result["cells"]["judge"] == "lm-eval"
+    assert result["model"][0] == pytest.approx(2 / 3)
+    assert result["cells"]["judge"] == "lm-eval"
     assert result["ifeval"]["inst_level_loose_acc"]["model"][0] == pytest.approx(5 / 6)
     row = dict(key=1, prompt="p", instruction_id_list=["keywords:letter_frequency"], kwargs=[
         dict(letter="#", let_frequency=1, let_relation="less than")])
@@ -2599,7 +2615,8 @@ def test_two_real_ranks(needs_vllm, tmp_path):
         rows = rollouts(run)
         runs.append([(r["task"], r["rubric"], [c["text"] for c in r["completions"]]) for r in rows])
         logs.append(read_lines(run / "metrics.jsonl"))
-    assert runs[0] == runs[1] and sum(m["groups_kept"] for m in logs[0]) > 0
+    assert runs[0] == runs[1]
+    assert sum(m["groups_kept"] for m in logs[0]) > 0
     assert max(m.get("engine_gap", 0) for m in logs[1]) < 1e-3
     for one, two in zip(*logs, strict=True):
         noise = [key for key in one if re.match("seconds|peak|engine_", key)]
