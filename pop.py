@@ -61,7 +61,6 @@ if OPENMP.exists():
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_LOGS", "-all")
 warnings.filterwarnings("ignore", category=FutureWarning)
-
 import numpy as np
 import regex as re    # like Python's re, and it knows scripts and punctuation
 import torch
@@ -173,8 +172,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if chosen.preset == "paper" and chosen.domain == "writing":
         parser.set_defaults(num_steps=512, rubric_candidates=4)
     cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.num_generations < 2 or cfg.eval_docs < 2 or cfg.temperature <= 0:
+    if min(cfg.num_generations, cfg.eval_docs) < 2 or cfg.temperature <= 0:
         fail("--num_generations and --eval_docs must be at least 2, --temperature above 0")
+    if min(cfg.num_steps, cfg.docs_per_step, cfg.task_steps, cfg.save_every) < 1:
+        fail("--num_steps, --docs_per_step, --task_steps and --save_every must be at least 1")
     if (cfg.judge_url is None) != (cfg.judge_model is None):
         fail("--judge_url and --judge_model: one needs the other")
     if cfg.eval_every == 0:
@@ -1376,10 +1377,9 @@ def check_run(cfg: Config) -> None:
     run_dir = Path(cfg.run_dir)
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
-    holds_run = (run_dir / "tasks").exists()
-    if holds_run and not cfg.resume:
+    if (run_dir / "tasks").exists() and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
-    if cfg.resume and not holds_run:
+    if cfg.resume and not (run_dir / "tasks").exists():
         fail(f"--run_dir {run_dir}: holds no run to resume")
     if cfg.resume:
         before = json.loads((run_dir / "config.json").read_text())

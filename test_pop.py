@@ -383,6 +383,8 @@ def test_flags_that_cannot_work(capsys):
             ("--num_generations 1", "--num_generations"),
             ("--eval_docs 1 --eval_every 1", "--eval_docs"),
             ("--num_steps many", "--num_steps"),
+            ("--task_steps 0", "--task_steps"),    # would train on nothing, silently
+            ("--save_every 0", "--save_every"),
             ("--advantage rloo", "--advantage")):
         assert named in fails(capsys, pop.parse_args, line.split()), line
     for line in ("--learning_rat 1", "stray"):    # nor is a flag short for another
