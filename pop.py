@@ -194,7 +194,7 @@ def clean_text(text: str) -> str:
 
 # A sentence ends with a full stop or its like, but not with the points in 3.5, e.g. or Mr. Brown.
 END = ".!?。！？।؟"
-NO_END = rf"(?:\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s)"
+NO_END = rf"(?:\.[^\s{END}\"”’)]|(?:[A-Z][a-z]{{0,3}}|\.[a-z])\.\s)"
 SENTENCE = rf"[^{END}]*(?:{NO_END}[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
 
 def guided(**rule: Any) -> Any:
@@ -307,7 +307,6 @@ DOMAINS["health"] = DOMAINS["general"] | dict(
 JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
-
 Messages = list[dict[str, str]]
 # What a text must not hold: our tags, and common special tokens such as <|im_end|>, </s>, [INST] (a
 # judge behind a URL has another tokenizer than the engine). \uff5c is DeepSeek's wide bar.
@@ -1024,7 +1023,7 @@ class Endpoint:
         return gather(replies)[0]
 
     def complete(self, request: Request) -> Completion:
-        """What fails 5 times has finish_reason "endpoint" and the error as its text."""
+        """What fails 5 times has finish_reason "endpoint"; its text is what the server said."""
         options = dict(logprobs=True, top_logprobs=20) if request.yes_no else {}
         if request.schema:
             schema = dict(name="reply", schema=request.schema)
@@ -1045,6 +1044,7 @@ class Endpoint:
                 left = max(1e-9, 1 - shares.total() if shares["Yes"] + shares["No"] else 0)
                 reason, logprobs = "stop", [math.log(shares[word] or left) for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
+            response = getattr(error, "body", None) or response
             text, reason, logprobs = f"{error!r} {response}", "endpoint", []
         return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
 
@@ -1090,7 +1090,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     requests = []
     for group in groups:
         requests.append(Request(
-            proposer_prompt(group.document, cfg), max_tokens=400,
+            proposer_prompt(group.document, cfg), max_tokens=300,
             schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
             seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
     for group, result in zip(groups, ask(engine, "proposer", requests), strict=True):
@@ -1114,7 +1114,7 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
     requests = []
     for group in groups:
         requests.append(Request(
-            rubric_prompt(group, pick_candidates(group, cfg), cfg), max_tokens=800,
+            rubric_prompt(group, pick_candidates(group, cfg), cfg), max_tokens=600,
             schema=Rubric.model_json_schema(), parse=parse_rubric, failures=group.failures))
     for group, rubric in zip(groups, ask(engine, "rubric", requests), strict=True):
         if rubric is None:
@@ -1371,10 +1371,10 @@ def find_model(name: str) -> str:
     return name
 
 def check_run(cfg: Config) -> None:
-    run_dir, before = Path(cfg.run_dir), {}
+    run_dir, before = Path(cfg.run_dir), {}    # the settings of the run that the folder holds
     if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
         fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
-    if (run_dir / "config.json").exists():
+    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # see start_run
         before = json.loads((run_dir / "config.json").read_text())
     if before and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
@@ -1438,8 +1438,7 @@ def main(cfg: Config) -> None:
     judge = judge or engine
     corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
     run_dir = Path(cfg.run_dir)
-    # One that is being written ends in .part, not in a digit.
-    newest = gather(max(run_dir.glob("checkpoints/step_*[0-9]"), default=None))[0]
+    newest = gather(max(run_dir.glob("checkpoints/step_*[0-9]"), default=None))[0]    # no .part
     first_step = load_checkpoint(newest, model, optimizer) if newest else 0
     if RANK == 0:
         start_run(cfg, first_step)

@@ -400,7 +400,7 @@ def test_presets_and_derived_values():
     longer = paper | dict(num_steps=512, warmup_steps=51, rubric_candidates=4)
     for flags, expected in (
             ("", dict(learning_rate=1e-4, warmup_steps=5, eval_docs=0)),
-            ("--preset tiny", pop.PRESETS["tiny"] | dict(learning_rate=3e-4)),
+            ("--preset tiny", pop.PRESETS["tiny"] | dict(learning_rate=1e-4)),
             ("--preset tiny --lora_rank 0", dict(learning_rate=1e-6)),
             ("--num_steps 9 --preset tiny", dict(num_steps=9, lora_rank=16)),
             ("--lr_schedule cosine --warmup_steps 0", dict(warmup_steps=0)),
@@ -410,7 +410,7 @@ def test_presets_and_derived_values():
         cfg = pop.parse_args(flags.split())
         assert {name: getattr(cfg, name) for name in expected} == expected, flags
     run_dir = pop.parse_args(["--model", "hub/Some-Model", "--domain", "health"]).run_dir
-    assert re.fullmatch(r"runs/health-Some-Model-\d{8}-\d{6}", run_dir)
+    assert re.fullmatch(rf"runs/health-Some-Model-\d{{8}}-\d{{6}}-{os.getpid()}", run_dir)
 
 # ---- prompts ----
 def test_schemas(make_cfg):
@@ -426,7 +426,7 @@ def test_schemas(make_cfg):
         assert schema["additionalProperties"] is False
         assert schema["required"] == list(schema["properties"])
         for field in schema["properties"].values():
-            assert field.get("type") != "string" or field["maxLength"] <= 2000
+            assert field.get("type") != "string" or "pattern" in field or field["maxLength"] < 200
     assert rubric["properties"]["criteria"]["maxItems"] == 5
     assert criterion["properties"]["weight"]["enum"] == [1, 2, 3, 4, 5]
     assert rating["properties"]["rating"]["enum"] == [0, 1, 2]
@@ -443,13 +443,10 @@ def test_who_sees_what(make_cfg):
             (dict(answer_form="plain"), dict()),
             (dict(answer_form="tagged"), dict()),
             (dict(scoring="expected"), dict(judge="GOLD ANSWER")),
-            (dict(no_document_in_rubric=True), dict(rubric="TASK")),
-            (dict(no_document=True), dict(proposer="", rubric="TASK")),
             (dict(rubric_candidates=3), dict(rubric="DOCUMENT TASK REFERENCE CANDIDATE"))):
         cfg = make_cfg(**dict(scoring="pointwise") | flags)
         engine = FakeEngine(cfg, lambda request, role: said.get(role))
-        group = Group("" if cfg.no_document else "DOCUMENT", step=0)
-        group.completions = answers_of(*["CANDIDATE"] * 4)
+        group = Group("DOCUMENT", step=0, completions=answers_of(*["CANDIDATE"] * 4))
         pop.propose_tasks(engine, [group], cfg, [])
         pop.write_rubrics(engine, [group], cfg)
         pop.sample_answers(engine, [group], cfg)
@@ -625,6 +622,7 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
     for suffix, content, named in (
             (".txt", cafe.encode("latin-1"), "utf-8"),
             (".txt", cafe.encode("utf-16"), "utf-8"),
+            (".txt", GOOD.encode("utf-16-le"), "not UTF-8"),    # case 38: without a mark
             (".jsonl", json.dumps(dict(text=cafe)).encode("utf-16"), "utf-8"),
             (".jsonl", row + b'\n{"text": "cut o\n' + row, "line 2: "),
             (".jsonl", row + b"\n\n[1, 2]\n", "line 3: "),
@@ -675,7 +673,6 @@ def test_documents_of_a_step(make_cfg):
     assert long[:4] == short
     assert pop.load_corpus(make_cfg(num_steps=5, seed=1)) != long
     assert pop.load_corpus(make_cfg(num_steps=2, eval_every=1, eval_docs=3)) == long[:7]
-    assert set(pop.load_corpus(make_cfg(no_document=True))) == {""}
     cfg, corpus = make_cfg(docs_per_step=3, eval_every=1, eval_docs=2), documents(11)
     steps = [pop.corpus_batch(corpus, step, cfg) for step in range(6)]
     assert steps[5] == corpus[8:]    # 15, 16, 17 of 9 are 6, 7, 8
@@ -737,6 +734,27 @@ def rubric_reply(*weights, **fields):
     rows = [dict(name=f"n{i}", gold=f"g{i}", description="d", weight=weight) | fields
             for i, weight in enumerate(weights)]
     return json.dumps(dict(criteria=rows))
+
+def test_texts_end_with_a_sentence():
+    """Case 28: guided decoding stops in the middle of a text, or at the point of a number."""
+    schema = pop.Task.model_json_schema()["properties"]["task"]
+    one = pop.Criterion.model_json_schema()["properties"]["gold"]["pattern"]
+    for text, sentences in (
+            ("How are you?", 1), ("Write a story in which John", 0),
+            ("It is 3.5 m, e.g. by sea.", 1),
+            ("Dr. Ida of St. Ives knew J. R. Hay.", 1), ('"Go," he said. "Now go!" ', 2),
+            ("これは何ですか。次は。", 2), ("He came. He saw. He won.", 3), ("No end: Dr.", 1)):
+        assert bool(pop.re.fullmatch(one, text)) == (sentences == 1), text
+        assert bool(pop.re.fullmatch(schema["pattern"], text)) == (sentences in (1, 2)), text
+
+def test_latex_in_a_reply():
+    """Case 29: one backslash in JSON turns the f of a formula into a form feed; two are left."""
+    for reply, text in (
+            (r"$\frac{1}{2} \beta \rho \theta \times$", r"$\frac{1}{2} \beta \rho \theta \times$"),
+            (r"$\\frac{1}{2} \\\\ \nabla \nu$", r"$\frac{1}{2} \\ \nabla \nu$"),
+            (r"one\r\ntwo\tthree \"four\" \u00e9", "one \ntwo\tthree \"four\" \u00e9")):
+        found = pop.parse_task('{"task": "%s", "reference": "r"}' % reply)
+        assert found == (text, "r"), reply
 
 def test_parse_rubric():
     """A weight that breaks the score, or a point that counts twice."""
@@ -1083,6 +1101,13 @@ def test_tasks_are_written_for_many_steps(make_cfg):
     assert len(pop.kept(groups)) == 11
     assert pop.tasks_of_step(engine, None, corpus, pop.HELD_OUT, cfg) == groups[:2]
 
+def test_a_step_without_tasks(make_cfg, capsys):
+    """A run goes on to its end without a task that can be used, and trains on nothing."""
+    engine, corpus, folder = at_work(make_cfg())
+    engine.say = lambda request, role: "no JSON" if role == "proposer" else None
+    line = fails(capsys, pop.tasks_of_step, engine, None, corpus, 0, make_cfg())
+    assert "step 0: no task can be used" in line and str(folder) in line
+
 def test_edited_tasks_are_honoured(make_cfg, capsys):
     """An edit is overwritten, ignored or doubles tasks, a slip in it is a traceback, an odd text
     splits a line."""
@@ -1095,9 +1120,10 @@ def test_edited_tasks_are_honoured(make_cfg, capsys):
     rows = read_lines(file)
     rows[1] |= dict(task="My own question?", drop_reason="looks wrong")
     rows[4]["rubric"][0]["weight"] = 0.5
-    write_lines(file, [rows[1], *rows[4:]])    # nothing of step 1
+    write_lines(file, [rows[0], rows[1], *rows[4:]])    # nothing of step 1
     steps = [pop.tasks_of_step(engine, None, corpus, step, cfg) for step in range(3)]
-    assert [(g.task, g.drop_reason) for g in steps[0]] == [("My own question?", "looks wrong")]
+    [_, mine] = steps[0]
+    assert (mine.task, mine.drop_reason) == ("My own question?", "looks wrong")
     assert [group.document for group in steps[1] + steps[2]] == corpus[2:6]
     assert steps[2][0].rubric[0].weight == 0.5
     assert engine.calls.count("base") == 2
@@ -1244,13 +1270,11 @@ def test_swapped_weights(make_model, tiny_policy, vllm, rank, dtype):
     engine = SleepingEngine(cfg)    # pop.py's own load_weights
     source = dict(type(engine.model).from_pretrained(tiny_policy, dtype=dtype).named_parameters())
     for which, state in (("judge", trained | judge), ("policy", trained), ("base", base)):
-        with pytest.raises(KeyboardInterrupt):
-            with pop.swapped_weights(model, model.states[which]), torch.no_grad():
-                assert same_tensors(own, state), which
-                inside = {name: tensor.clone() for name, tensor in pop.named_weights(model)}
-                if which != "policy":
-                    own[first].add_(1.0)
-                raise KeyboardInterrupt
+        with pop.swapped_weights(model, model.states[which]), torch.no_grad():
+            assert same_tensors(own, state), which
+            inside = {name: tensor.clone() for name, tensor in pop.named_weights(model)}
+            if which != "policy":
+                own[first].add_(1.0)
         assert same_tensors(own, trained) and [p.data_ptr() for p in own.values()] == places
         engine.load_weights(model, which)
         assert same_tensors(dict(engine.model.named_parameters()), inside)
@@ -1516,6 +1540,11 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
             assert f"--{name} {other}:" in line and f"run with {value}" in line
         elif name not in ("run_dir", "resume", "tasks"):
             pop.check_run(changed)
+    monkeypatch.setattr(pop, "RANK", 1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)    # case 46: else it waits for the others
+    assert "not by torchrun" in fails(capsys, pop.main, make_cfg())
+    with pytest.raises(FileExistsError):    # two runs have started at once
+        pop.start_run(make_cfg(num_steps=1), 0)
     assert not pop.RESUMABLE & {"model", "seed", "corpus", "loss", "lora_rank", "learning_rate"}
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -1553,6 +1582,13 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
             assert f"model {folder}: its config has {refused}" in line
         else:
             assert pop.find_model(folder) == folder
+    images = dict(hidden_size=8, depth=1, num_heads=1, out_hidden_size=32)    # case 42
+    transformers.Qwen3_5Config(vision_config=images).save_pretrained(tmp_path / "images")
+    line = fails(capsys, pop.main, make_cfg(model=tmp_path / "images"))
+    assert "qwen3_5 is more than a language model" in line
+    copied(tiny_policy, tmp_path / "own", model_type="mine", auto_map=dict(AutoConfig="c.C"))
+    with pytest.raises(ValueError, match="trust_remote_code"):    # case 45: no question is asked
+        pop.main(make_cfg(model=tmp_path / "own"))
     # case 8: texts vanish from the prompts
     template = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}"
     folder = copied(tiny_policy, tmp_path / "parts", template=template + "{% endfor %}{% endfor %}")
@@ -1804,6 +1840,10 @@ CHECKS = {    # title: (flags, what must be true after two steps of module m wit
     # the first step starts at the base model, where nothing pulls
     "KL term": (dict(kl_coef=1e4), lambda m, c: norms(c)[1] > 100 * norms(c)[0]),
     "The judge sees the document": (dict(scoring="pointwise"), lambda m, c: see_document("judge")),
+    "The rubric writer sees the task only": (
+        {}, lambda m, c: not any(re.search("<doc|<ref", turn) for turn in last_turns("rubric"))),
+    "Tasks without a document": (
+        {}, lambda m, c: not any("<doc" in turn for turn in last_turns("proposer"))),
     "Random window of long documents": (
         dict(max_doc_words=55),
         lambda m, c: not all("w0 " in turn for turn in last_turns("proposer"))),
@@ -2227,7 +2267,9 @@ def test_eval_errors(tiny_policy, monkeypatch, tmp_path, capsys):
     write_adapter_config(lora, tiny_policy, scale=1)
     strict = copied(tiny_policy, tmp_path / "strict", template="{{ raise_exception('No system') }}")
     write_lines(tmp_path / "0.jsonl", [dict(prompt="Hi")])
-    write_lines(tmp_path / "1.jsonl", [dict(messages=turns("Hi"))])
+    for i, row in enumerate((dict(messages=turns("Hi")), dict(question="Hi"),
+                             dict(instruction="Hi", input="", output="Ho")), start=1):
+        write_lines(tmp_path / f"{i}.jsonl", [row])    # case 48
     judge = f"--judge {tiny_policy}"
     own = f"--benchmark own --model {tiny_policy} --baseline {tiny_policy} --data {tmp_path}/"
     url = f"{own}0.jsonl --judge http://127.0.0.1:9/v1"
@@ -2235,10 +2277,20 @@ def test_eval_errors(tiny_policy, monkeypatch, tmp_path, capsys):
             f"{own}0.jsonl": "--judge", f"--benchmark ifeval --model {tiny_policy}": "--baseline",
             f"judge {judge}": "--labels", f"rejudge nowhere {judge}": "nowhere",
             url: "--judge_model", f"{url} --judge_model m": "Connection error.",
-            f"{own}1.jsonl {judge}": "needs `prompt`", f"{own}0.jsonl --judge {lora}": "2.0 r",
+            f"{own}1.jsonl {judge}": "needs `prompt`", f"{own}0.jsonl --judge {lora}": "alpha 4",
+            f"{own}2.jsonl {judge}": "needs `prompt`", f"{own}3.jsonl {judge}": "needs `prompt`",
             f"{own}0.jsonl {judge} --model {strict}": "No system"}.items():
         line = fails(capsys, evals.main, [*flags.split(), f"--out={tmp_path}/out"])
         assert words in line, (flags, line)
+    write_adapter_config(lora, tiny_policy, scale=2)
+    file = lora / "adapter_config.json"
+    good = json.loads(file.read_text())
+    for fields in (dict(modules_to_save=["lm_head"]), dict(use_dora=True),
+                   dict(rank_pattern=dict(q_proj=8)), dict(target_modules=["embed_tokens"])):
+        file.write_text(json.dumps(good | fields))    # case 44
+        flags = f"{own}0.jsonl {judge} --model {lora}"
+        line = fails(capsys, evals.main, [*flags.split(), f"--out={tmp_path}/out"])
+        assert "no adapter of pop.py" in line
 
 # Changes that no row of a file for this flag may have.
 BROKEN_ROWS = {
@@ -2343,21 +2395,25 @@ def said(text: str, **likeliest: float) -> dict[str, Any]:
     return dict(id="reply-1", model="m", choices=[choice | dict(logprobs=logprobs)])
 
 def test_expected_at_an_endpoint(server, make_cfg):
-    """A log-prob goes to another word or criterion, or one word of the two makes up a verdict."""
-    p = {"It is red.": dict(Yes=0.6, No=0.2, Maybe=0.1), "odd": dict(Yes=0.6, Maybe=0.2),
-         "It is calm.": {"No": 0.3, " Yes": 0.3, "Yes": 0.1}}
+    """Case 35: a log-prob goes to another word or criterion, the word of a sure judge is lost, or
+    neither word makes up a verdict."""
+    p = {"It is red.": dict(Yes=0.6, No=0.2, Maybe=0.1), "odd": {"<think>": 0.6, "Maybe": 0.2},
+         "It is calm.": {"ĠNo": 0.3, " Yes": 0.3, "▁Yes": 0.1},
+         "sure": {" Yes": 0.6, "The": 0.2}}
 
     def say(request):
         answer, gold = re.findall(r">\n(.*)\n</", request["messages"][-1]["content"])
         return said("Yes", **p.get(answer) or p[gold])
     server.say = say
-    answers = [("t", RUBRIC, "odd"), ("t", RUBRIC, "a")]
-    notes = [], []
-    odd, found = pop.rate(pop.Endpoint(server.url, "m"), answers, make_cfg(), notes)
-    assert found == pytest.approx([1.5, 0.5]) and odd is None
-    assert notes == (["judge/endpoint"] * 2, [])    # No is not among the tokens it tells
+    answers = [("t", RUBRIC, text) for text in ("odd", "a", "sure")]
+    notes = [], [], []
+    odd, found, sure = pop.rate(pop.Endpoint(server.url, "m"), answers, make_cfg(), notes)
+    assert found == pytest.approx([1.5, 8 / 7]) and odd is None
+    assert sure == pytest.approx([1.5, 1.5])    # No has what the others leave: 0.2
+    assert notes == (["judge/no_yes_or_no"] * 2, [], [])
     asked = [request["logprobs"] and request["temperature"] for request in server.asked]
-    assert asked == [0, 0, 0, 0]    # the likeliest tokens are those at temperature 1
+    assert asked == [0] * 6    # the likeliest tokens are those at temperature 1
+    assert all(request["max_completion_tokens"] >= 16 for request in server.asked)    # case 34
 
 def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
     """One failure of the server, or prose for JSON, ends the run, gets a score, or is not asked
@@ -2387,6 +2443,8 @@ def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
 @pytest.mark.parametrize("status, reply, words", [
     (404, dict(error=dict(message="no model m")), "no model m"),
     (200, dict(error=dict(message="too busy")), "too busy"),
+    (422, dict(detail="seed: extra inputs are not permitted"), "extra inputs"),    # case 36
+    (200, said("<think>", **{"<think>": 0.9}), "<think>"),    # case 31: it thinks first
     (200, "<html>Please sign in</html>", "Please sign in"),
     (200, dict(id="reply-1", choices=[]), "reply-1"),
     (200, dict(id="reply-1", choices=[dict(message=None)]), "reply-1"),
@@ -2403,12 +2461,14 @@ def test_servers_that_cannot_judge(server, make_cfg, monkeypatch, capsys, status
 def test_a_run_judged_at_an_endpoint(server, make_cfg, monkeypatch):
     """A good server is refused, the engine judges in its place, or the key is not sent."""
     server.say = lambda request: said("Yes", Yes=0.5, No=0.2)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")    # case 33
     pop.main(make_cfg(judge_url=server.url, judge_model="m", num_steps=1))
     first = server.asked[0]    # before the run takes minutes: the worked example
     assert pop.DOMAINS["general"]["answer"] in first["messages"][-1]["content"]
     assert first["key"] == "Bearer secret" and first["model"] == "m"
     assert "judge" not in FakeEngine.last.order()
+    monkeypatch.setenv("OPENAI_API_KEY", " ")
+    assert pop.Endpoint(server.url, "m").client.api_key == "none"
 
 # ---- the real engine: in processes of their own, because vLLM starts once in a process ----
 # This file is their program, too:  python test_pop.py weights --lora_rank 0    (flags of pop.py)
