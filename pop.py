@@ -201,7 +201,7 @@ def guided(**rule: Any) -> Any:
     return Annotated[str, AfterValidator(clean_text), Field(min_length=1, json_schema_extra=rule)]
 
 def sentences(most: int) -> Any:
-    """So that no text breaks off, and small models, which go round in circles, stop somewhere."""
+    """A text of 1 to `most` whole sentences. It cannot break off, nor go round in circles long."""
     return guided(pattern=f"^(?:{SENTENCE}){{1,{most}}}$")
 
 class Reply(BaseModel):
