@@ -154,7 +154,7 @@ PRESETS: dict = {
     # As published: full weights; the base model answers, and is the reference of DPO.
     "paper": dict(loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
                   answer_form="tagged", rubric_candidates=10, lr_schedule="cosine",
-                  max_model_len=16384),
+                  max_model_len=32768, micro_batch_tokens=2048),
 }
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
@@ -173,15 +173,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         fail("--num_steps, --docs_per_step, --task_steps and --save_every must be at least 1")
     if (cfg.judge_url is None) != (cfg.judge_model is None):
         fail("--judge_url and --judge_model: one needs the other")
-    if cfg.eval_every == 0:
-        cfg.eval_docs = 0
+    cfg.eval_docs = cfg.eval_docs if cfg.eval_every else 0
     if cfg.learning_rate is None:
         cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
     if cfg.run_dir is None:
-        name = f"{cfg.domain}-{Path(cfg.model).name}-%Y%m%d-%H%M%S-{os.getpid()}"
-        cfg.run_dir = time.strftime(f"runs/{name}")
+        cfg.run_dir = time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
     return cfg
 
 # ---- 3. documents, tasks, rubrics, answers ----
@@ -240,7 +238,7 @@ class Completion:
     prompt_ids: list[int] = field(default_factory=list)
     engine_logprobs: list[float] = field(default_factory=list)    # see Request
     text: str = ""
-    finish_reason: str = "not_sampled"    # stop, length (cut off), too_long; endpoint: failed
+    finish_reason: str = ""               # stop, length (cut off), too_long; endpoint: failed
     answer: str = ""                      # what is judged; "" where the model did not finish
     ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
     score: float | None = None            # in [0, 1]; None: left out of the group
@@ -265,7 +263,7 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)
-GROUP = TypeAdapter(Group)    # reads and writes groups as JSON
+GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # to and from JSON
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
@@ -358,8 +356,6 @@ def solver_prompt(task: str, cfg: Config) -> Messages:
     else:
         text = (f"{task}\n\nThink step by step about what a good answer needs. Then give your "
                 "final answer once, between <answer> and </answer>.")
-        if cfg.domain == "writing":
-            text += " It should have about 1,000 words."
     return [dict(role="user", content=text)]
 
 def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
@@ -399,9 +395,7 @@ def read_rows(path: Path) -> Iterator[dict]:
         number = 0
         try:
             if file.suffix == ".parquet":
-                table = ParquetFile(file)
-                columns = [name for name in table.schema_arrow.names if name in TEXT_COLUMNS]
-                for batch in table.iter_batches(columns=columns):
+                for batch in ParquetFile(file).iter_batches(columns=TEXT_COLUMNS):
                     yield from batch.to_pylist()
             elif file.suffix == ".txt":    # documents end at blank lines
                 for blank, lines in groupby(open(file, encoding="utf-8-sig"), str.isspace):
@@ -548,14 +542,14 @@ def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
     mean: r - mean(r). grpo: that / std, which blows up near-ties. All are 0 if fewer than two have
-    scores, or all scores are within 1e-6. Raises ValueError for another kind.
+    scores, or all scores are within 0.001 (paper). Raises ValueError for another kind.
     """
     if kind not in ("mean", "grpo"):
         raise ValueError(f"no such kind of advantage: {kind}")
     advantages = torch.zeros_like(scores)
     scored = ~scores.isnan()
     r = scores[scored]
-    if len(r) < 2 or r.max() - r.min() <= 1e-6:
+    if len(r) < 2 or r.max() - r.min() <= 0.001:
         return advantages
     advantages[scored] = (r - r.mean()) / (1.0 if kind == "mean" else r.std() + 1e-4)
     return advantages
@@ -565,14 +559,13 @@ def set_advantages(group: Group, cfg: Config) -> None:
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     advantages = group_advantages(scores, cfg.advantage)
     if not advantages.any():
-        scored = len(scores) - scores.isnan().sum()
-        group.drop_reason = "zero_spread" if scored >= 2 else "judge"
+        group.drop_reason = "judge" if (~scores.isnan()).sum() < 2 else "zero_spread"
     for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
 
 def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
     """What stays together in a micro-batch: each scored answer, or for DPO the pair [best, worst].
-    As in the paper, a pair's scores differ by over 0.001, its texts by at most 100 words.
+    As in the paper, a pair's texts differ by at most 100 words.
     """
     set_advantages(group, cfg)
     if group.drop_reason:
@@ -581,11 +574,10 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
     if cfg.loss == "pg":
         return [[c] for c in scored]
     best, worst = max(scored, key=lambda c: c.score), min(scored, key=lambda c: c.score)
-    if best.score - worst.score <= 0.001:
-        group.drop_reason = "zero_spread"
-    elif abs(len(words(best.text)) - len(words(worst.text))) > 100:
+    if abs(len(words(best.text)) - len(words(worst.text))) > 100:
         group.drop_reason = "length_gap"
-    return [[best, worst]] if group.drop_reason is None else []
+        return []
+    return [[best, worst]]
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
@@ -593,6 +585,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
+#   optimizer.waiting   DPO pairs that wait for an update
 LORA_SCALE = 2.0    # alpha / r
 
 class LoRALinear(nn.Linear):
@@ -674,7 +667,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []
+    parts = []    # in bf16 each chunk's gradient of a trained head is rounded: 1 to 2% noise
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -717,7 +710,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     loss = -F.logsigmoid(margin).sum() / normalizer
-    return loss, dict(loss=(loss.item(), 0), dpo_margin=(margin.sum().item(), len(margin)),
+    return loss, dict(loss=(loss.item(), 0), pairs=(len(margin), 0),
+                      dpo_margin=(margin.sum().item(), len(margin)),
                       dpo_accuracy=((margin > 0).sum().item(), len(margin)))
 
 def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
@@ -739,9 +733,8 @@ def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tup
     if cfg.loss == "pg":
         # A constant, so that dropped or cut answers do not change the step that the others make.
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
-        return policy_gradient_loss(
-            logprobs, engine_logprobs=batch.engine_logprobs, advantages=batch.advantages,
-            mask=batch.target_mask, normalizer=normalizer, ratio_cap=cfg.ratio_cap)
+        return policy_gradient_loss(logprobs, batch.engine_logprobs, batch.advantages,
+                                    batch.target_mask, normalizer, cfg.ratio_cap)
     # Best and worst alternate, see training_units. engine_logprobs are pi_0's: the reference.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
     return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, num_units)
@@ -792,7 +785,7 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
             device = "cpu" if cfg.offload_optimizer else p.device
             masters[name] = nn.Parameter(p.detach().to(device, torch.float32))
     optimizer = torch.optim.AdamW(masters.values(), cfg.learning_rate, weight_decay=0, fused=True)
-    optimizer.masters = masters
+    optimizer.masters, optimizer.waiting = masters, []
     return optimizer
 
 @torch.no_grad()
@@ -806,7 +799,9 @@ def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping."""
+    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
+    Clipping is for accidents: with --loss pg the norm is far below 1, as N counts all that may be.
+    """
     parameters = trainable(model)
     for p in parameters.values():
         if p.main_grad is None:    # this rank had no batch
@@ -827,12 +822,10 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    if cfg.lr_schedule == "constant":
-        return cfg.learning_rate
-    progress = (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps)
-    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    warm_up = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    progress = max(0, step - cfg.warmup_steps) / max(1, cfg.num_steps - cfg.warmup_steps)
+    decay = (1 + math.cos(math.pi * progress)) / 2 if cfg.lr_schedule == "cosine" else 1.0
+    return cfg.learning_rate * warm_up * decay
 
 # ---- 11. engine ----
 # For models without a chat template. Assistant turns end with EOS, which teaches where to stop. The
@@ -942,10 +935,9 @@ class Engine:
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, params = [], [], []
         for request in requests:
-            completion = Completion([], prompt_ids=self.encode(request.messages))
+            completion = Completion([], self.encode(request.messages), finish_reason="too_long")
             completions.append(completion)
             if len(completion.prompt_ids) + request.max_tokens > self.cfg.max_model_len:
-                completion.finish_reason = "too_long"
                 continue
             fitting.append((request, completion))
             guide = StructuredOutputsParams(json=request.schema) if request.schema else None
@@ -989,10 +981,10 @@ class Engine:
         batch = collate(self.sample([request], "probe"), model.device)
         with torch.no_grad():
             logprobs = policy_logprobs(model, batch, self.cfg)
-        gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
+        self.gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
         limit = 0.01 if self.cfg.dtype == "float32" else 0.2
-        if not gap <= limit:    # NaN fails, too
-            raise RuntimeError(f"engine and trainer differ: |dlogprob| {gap:.4f}, limit {limit}")
+        if not self.gap <= limit:    # NaN fails, too
+            raise RuntimeError(f"engine and trainer differ: mean {self.gap:.4f}, limit {limit}")
 
     def sleep(self) -> None:
         """Give the GPU to the trainer. Nothing is kept: load_weights hands all weights over."""
@@ -1019,8 +1011,7 @@ class Endpoint:
 
     def generate(self, requests: list[Request], role: str) -> list[Completion]:
         with ThreadPoolExecutor(32) as pool:    # of several ranks the first one asks
-            replies = list(pool.map(self.complete, requests if RANK == 0 else []))
-        return gather(replies)[0]
+            return gather(list(pool.map(self.complete, requests if RANK == 0 else [])))[0]
 
     def complete(self, request: Request) -> Completion:
         """What fails 5 times has finish_reason "endpoint"; its text is what the server said."""
@@ -1098,12 +1089,15 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
             group.drop_reason = group.failures[-1]
         else:
             group.task, group.reference = result
+            if cfg.domain == "writing" and cfg.answer_form == "tagged":
+                group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
     """About --rubric_candidates answers; as in the paper, evenly over their lengths."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
     picked = answers[::stride] if cfg.rubric_candidates else []
+    picked = [cut_words(text, 2048) for text in picked]
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
@@ -1171,34 +1165,34 @@ def read_answer(completion: Completion, cfg: Config) -> str:
     if completion.finish_reason != "stop":
         return ""
     text = completion.text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
-    if cfg.answer_form == "tagged":    # opened, and closed exactly once
-        before, opened, rest = text.rpartition("<answer>")
-        text, closed, after = rest.partition("</answer>")
-        if not opened or not closed or "</answer>" in before + after:
-            return ""
+    if cfg.answer_form == "tagged":    # closed exactly once
+        found = re.search("^.*<answer>(.*)</answer>", text, re.DOTALL)
+        text = found[1] if found and text.count("</answer>") == 1 else ""
     return text.strip()
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged answers that did not close their tags are sampled again, as in the paper: up to five
-    rounds, while fewer than eight of the group have closed theirs.
+    Tagged, as in the paper: while at most a quarter of so many have closed their tags, as many are
+    sampled again, in up to five rounds; the first that have closed them are kept.
     """
     for group in kept(groups):
-        group.completions = [Completion([]) for _ in range(cfg.num_generations)]
+        group.completions = []
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
         places, requests = [], []
         for group in kept(groups):
-            missing = [i for i, c in enumerate(group.completions) if not c.answer]
-            if attempt == 0 or cfg.num_generations - len(missing) < 8:
-                places += [(group, i) for i in missing]
-        for group, i in places:
-            seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
-            requests.append(Request(solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens,
-                                    temperature=cfg.temperature, logprobs=True, seed=seed))
-        for (group, i), reply in zip(places, engine.generate(requests, "solver"), strict=True):
+            finished = sum(c.answer != "" for c in group.completions)
+            for i in range(cfg.num_generations if finished <= cfg.num_generations // 4 else 0):
+                seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
+                places.append(group)
+                requests.append(Request(
+                    solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens,
+                    temperature=cfg.temperature, logprobs=True, seed=seed))
+        for group, reply in zip(places, engine.generate(requests, "solver"), strict=True):
             reply.answer = read_answer(reply, cfg)
-            group.completions[i] = reply
+            group.completions.append(reply)
     for group in kept(groups):
+        group.completions.sort(key=lambda c: c.answer == "")    # those that are finished come first
+        del group.completions[cfg.num_generations:]
         if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
 
@@ -1320,6 +1314,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     gather(None)    # all ranks have written
     if RANK > 0:
         return
+    (part / "trainer" / "waiting.json").write_bytes(PAIRS.dump_json(optimizer.waiting))
     tokenizer.save_pretrained(part)
     if cfg.lora_rank == 0:    # Hugging Face's format
         # save_pretrained refuses some generation configs that load, so it gets none to write.
@@ -1347,6 +1342,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         for key, tensor in state[name].items():
             optimizer.state[master][key] = tensor.to(master.device, copy=True)
     copy_masters(model, optimizer)
+    optimizer.waiting = PAIRS.validate_json((folder / "trainer" / "waiting.json").read_bytes())
     return int(folder.name[-6:])
 
 # ---- 14. main ----
@@ -1467,7 +1463,11 @@ def main(cfg: Config) -> None:
             score_answers(judge, groups, cfg)
         # ---- advantages, relative to the group ----
         units = list(chain(*[training_units(group, cfg) for group in kept(groups)]))
-        # ---- update: one AdamW step on all answers, or on all DPO pairs ----
+        if cfg.loss == "dpo":    # wait for --docs_per_step pairs (paper); the last step takes all
+            pairs = optimizer.waiting + units
+            rest = len(pairs) % cfg.docs_per_step if step + 1 < cfg.num_steps else 0
+            units, optimizer.waiting = pairs[:len(pairs) - rest], pairs[len(pairs) - rest:]
+        # ---- update: one AdamW step on all answers, or on --docs_per_step DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
         losses = []
         with clock(metrics, "update"):

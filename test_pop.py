@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from functools import cached_property
-from itertools import dropwhile
+from itertools import dropwhile, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -396,7 +396,8 @@ def test_presets_and_derived_values():
     paper = dict(loss="dpo", dpo_beta=0.01, lora_rank=0, learning_rate=1e-6, warmup_steps=25,
                  lr_schedule="cosine", num_steps=256, docs_per_step=16, num_generations=32,
                  temperature=1.0, max_doc_words=1024, max_new_tokens=6144, answer_form="tagged",
-                 scoring="pointwise", rubric_candidates=10)
+                 scoring="pointwise", rubric_candidates=10, max_model_len=32768,
+                 micro_batch_tokens=2048)
     longer = paper | dict(num_steps=512, warmup_steps=51, rubric_candidates=4)
     for flags, expected in (
             ("", dict(learning_rate=1e-4, warmup_steps=5, eval_docs=0)),
@@ -409,8 +410,8 @@ def test_presets_and_derived_values():
             ("--preset paper --domain writing --num_steps 256", dict(num_steps=256))):
         cfg = pop.parse_args(flags.split())
         assert {name: getattr(cfg, name) for name in expected} == expected, flags
-    run_dir = pop.parse_args(["--model", "hub/Some-Model", "--domain", "health"]).run_dir
-    assert re.fullmatch(rf"runs/health-Some-Model-\d{{8}}-\d{{6}}-{os.getpid()}", run_dir)
+    run_dir = pop.parse_args(["--domain", "health"]).run_dir
+    assert re.fullmatch(rf"runs/health-\d{{8}}-\d{{6}}-{os.getpid()}", run_dir)
 
 # ---- prompts ----
 def test_schemas(make_cfg):
@@ -463,6 +464,34 @@ def test_who_sees_what(make_cfg):
     assert turn == dict(role="user", content="Why?\n\nAnswer in at most 150 words.")
     [turn] = pop.solver_prompt("Why?", make_cfg(answer_form="tagged"))
     assert re.match(r"Why\?\n\nThink step by step.*between <answer> and </answer>", turn["content"])
+
+def test_the_length_of_writing(make_cfg):
+    """As in the paper, a tagged story has its length in the task, which the rubric writer and the
+    judge read, too; a plain one has the solver's sentence."""
+    for domain, form, told in (("writing", "tagged", True), ("writing", "plain", False),
+                               ("general", "tagged", False)):
+        engine = FakeEngine(cfg := make_cfg(domain=domain, answer_form=form, scoring="pointwise"))
+        group = Group("d", step=0)
+        pop.propose_tasks(engine, [group], cfg, [])
+        pop.write_rubrics(engine, [group], cfg)
+        pop.sample_answers(engine, [group], cfg)
+        pop.score_answers(engine, [group], cfg)
+        for role, request in engine.asked[1:]:
+            assert (". Length: 1,000 words." in whole_prompt(request)) == told, (domain, role)
+
+def test_candidates_of_the_rubric_writer(make_cfg):
+    """Another choice than the paper's: by length, shortest first, every (n // 10)th."""
+    lengths = [*range(1, 33)]
+    random.Random(0).shuffle(lengths)
+    group = Group("d", completions=answers_of(None, *["a" * n for n in lengths]))
+    for wanted, some, expected in ((10, 32, range(1, 33, 3)), (10, 19, range(1, 20)),
+                                   (4, 32, range(1, 33, 8)), (0, 32, [])):
+        of_some = dataclasses.replace(group, completions=[
+            c for c in group.completions if len(c.answer) <= some])
+        text = pop.pick_candidates(of_some, make_cfg(rubric_candidates=wanted))
+        assert [len(a) for a in re.findall(r"Candidate \d+: (a+)", text)] == [*expected]
+    group.completions = answers_of("one " * 3000)
+    assert pop.pick_candidates(group, make_cfg(rubric_candidates=4)).count("one") == 2048
 
 def test_worked_examples(make_cfg, monkeypatch):
     """A worked example has a form that is refused, or other parts than the real turn; it counts."""
@@ -976,7 +1005,8 @@ def test_read_answer(make_cfg):
             ("tagged", "I use <answer> tags.\n<answer>\nred </answer> Bye.", "red"),
             ("tagged", "<answer>one</answer> no: <answer>two</answer>", ""),
             ("tagged", "<think><answer>a</answer></think><answer>b</answer>", "b"),
-            ("tagged", "</answer>red<answer>", ""), ("tagged", "red", "")):
+            ("tagged", "</answer>red<answer>", ""), ("tagged", "red", ""),
+            ("tagged", "red</answer>", ""), ("tagged", "<answer>red", "")):
         for reason in ("stop", "length", "too_long"):
             completion = Completion([1], text=text, finish_reason=reason)
             found = pop.read_answer(completion, make_cfg(answer_form=form))
@@ -1006,9 +1036,9 @@ def test_plain_answers_are_sampled_once(make_cfg):
 def test_tagged_answers_get_five_rounds(make_cfg):
     """The paper's form loses usable answers, samples for ever, or scores answers without tags."""
     cfg = make_cfg(answer_form="tagged", num_generations=12, scoring="pointwise")
-    left = dict(all=[1] * 12, eight=[1] * 8 + [0] * 4)    # does the next one close its tags?
-    left["seven"] = [1] * 7 + [0] * 5 + [1] * 5
-    left["few"] = sum([[1] + [0] * n for n in (11, 10, 9, 8, 7)], [])
+    left = dict(all=[1] * 12, four=[1] * 4 + [0] * 8)    # does the next one close its tags?
+    left["three"] = [1] * 3 + [0] * 9 + [1] * 12
+    left["few"] = [1] + [0] * 11 + [1] + [0] * 47
 
     def say(request, role):
         if role == "solver":
@@ -1018,10 +1048,15 @@ def test_tagged_answers_get_five_rounds(make_cfg):
     for row, name in enumerate(left):
         groups.append(Group("d", step=0, row=row, task=name, rubric=RUBRIC))
     pop.sample_answers(engine, groups, cfg)
-    assert engine.calls == [("solver", n) for n in (48, 5 + 11, 10, 9, 8)]
+    assert engine.calls == [("solver", n) for n in (48, 24, 12, 12, 12)]
     assert len({request.seed for _, request in engine.asked}) == len(engine.asked)
+    # of 15 that closed their tags the first 12
+    said = [pop.request_seed(cfg, "solver", 0, 2, i, attempt) % 2
+            for i, attempt in [*product(range(3), [0]), *product(range(9), [1])]]
+    assert [c.answer for c in groups[2].completions] == [f"quality {1 + n}" for n in said]
     pop.score_answers(engine, groups, cfg)
-    for group, finished in zip(groups, (12, 8, 12, 5), strict=True):
+    for group, finished in zip(groups, (12, 4, 12, 2), strict=True):
+        assert len(group.completions) == 12
         assert sum(c.answer != "" for c in group.completions) == finished
         for c in group.completions:    # what has no tags is never the worst of a pair
             assert (c.score is None) == (c.answer == "") and c.score != 0
@@ -1160,6 +1195,7 @@ def test_signal_of_a_group(make_cfg):
             ("dpo", [(5, 0.5), (6, 0.9), (7, None), (8, 0.1)], [[1, 3]], None),
             ("dpo", [(5, 0.5), (6, 0.5009)], [], "zero_spread"),
             ("dpo", [(5, 0.5), (6, 0.5012)], [[1, 0]], None),
+            ("pg", [(5, 0.5), (9, 0.5009), (5, None)], [], "zero_spread"),
             ("dpo", [(5, 0.5), (106, 0.9)], [], "length_gap"),
             ("dpo", [(5, 0.5), (105, 0.9)], [[1, 0]], None)):
         answers = [Completion([1], text="w " * words, score=score) for words, score in rows]
@@ -1482,6 +1518,7 @@ KILLS = {    # of what, at the end of which call (the first save is of step 0), 
     "": (0, dict(save_every=2, task_steps=2, eval_every=2, eval_docs=2)),    # --num_steps is raised
     "pop.log_step": (2, dict(eval_every=3, eval_docs=2)),
     "pop.score_answers": (2, dict(loss="dpo", lr_schedule="cosine", task_steps=2)),
+    "pop.set_advantages": (9, dict(loss="dpo", answer_form="tagged", docs_per_step=3, seed=1)),
     "torch.save": (3, dict(lora_rank=0, dtype="bfloat16")),    # in a save; masters are not weights
     "pop.save_file": (3, dict(task_steps=1)),
 }
@@ -1510,7 +1547,7 @@ def test_resume_equals_an_unbroken_run(make_cfg, monkeypatch, tmp_path, killed):
     same_runs(whole, parts)
     rates = [m["learning_rate"] for m in read_lines(parts / "metrics.jsonl")[:3]]
     assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
-    assert all(m["grad_norm"] > 0 for m in log_of(parts)[:4])
+    assert all(m.get("grad_norm", 1) > 0 for m in log_of(parts)[:4])
 
 def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
     """A second run writes into the first's folder, a run that cannot save begins (case 2), or one
@@ -1599,7 +1636,7 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
 TRAINED = {"step", "groups", "groups_kept", "reward_mean", "answer_tokens", "finished", "loss",
            "grad_norm", "learning_rate", "peak_memory_gb", "seconds/tasks", "seconds/answer",
            "seconds/judge", "seconds/update"}
-OF_LOSS = {"pg": {"entropy", "engine_gap", "ratio_clipped"}, "dpo": {"dpo_accuracy", "dpo_margin"}}
+OF_LOSS = {"pg": {"entropy", "engine_gap", "ratio_clipped"}, "dpo": {"pairs", "dpo_accuracy", "dpo_margin"}}
 MEASURED = {"eval_reward", "eval_reward_se", "eval_finished", "eval_tasks", "seconds/eval"}
 
 def keys(metrics):
@@ -1608,14 +1645,14 @@ def keys(metrics):
 
 def check_answers(row, best):
     """Scores of FakeEngine's answers to one task, and their advantages; returns the mean score."""
-    cut_off, unjudged, *others = row["completions"]
+    unjudged, *others, cut_off = row["completions"]
     assert row["drop_reason"] is None
     assert (cut_off["answer"], cut_off["score"], cut_off["ratings"]) == ("", 0, [0, 0])
     assert (unjudged["score"], unjudged["ratings"], unjudged["advantage"]) == (None, None, 0)
-    scores = np.array([0, *(0.5 if c["answer"] == "quality 1" else best for c in others)])
-    assert [0, *(c["score"] for c in others)] == pytest.approx(scores, abs=1e-6)
+    scores = np.array([*(0.5 if c["answer"] == "quality 1" else best for c in others), 0])
+    assert [*(c["score"] for c in others), 0] == pytest.approx(scores, abs=1e-6)
     advantages = (scores - scores.mean()) * (row["step"] != pop.HELD_OUT)
-    assert [c["advantage"] for c in (cut_off, *others)] == pytest.approx(advantages, abs=1e-6)
+    assert [c["advantage"] for c in (*others, cut_off)] == pytest.approx(advantages, abs=1e-6)
     return scores.mean()
 
 @pytest.mark.parametrize("scoring", ["pointwise", "expected"])
@@ -1659,9 +1696,8 @@ def test_as_in_the_paper(make_cfg, tmp_path):
     """The rubric writer sees no answers, the policy answers, tags are asked for once."""
     pop.main(make_cfg(loss="dpo", answer_form="tagged", rubric_candidates=2, docs_per_step=4,
                       num_steps=2, eval_every=1, eval_docs=2))
-    solver = ["solver"] * 5    # one never closes its tags: five rounds
-    measure = ["policy", *solver, "base", "judge"]
-    train = ["base", *solver, "base", "rubric", "judge"]
+    measure = ["policy", "solver", "base", "judge"]
+    train = ["base", "solver", "base", "rubric", "judge"]
     assert FakeEngine.last.order() == [
         "base", "base", "proposer", "rubric", *measure, "base", "proposer", *train, *measure,
         *train, *measure, "close"]
@@ -1670,8 +1706,28 @@ def test_as_in_the_paper(make_cfg, tmp_path):
     assert not any(group.rubric for group in pop.read_tasks(tmp_path / "run" / "tasks")[2:])
     assert all(row["rubric"] for row in rollouts(tmp_path / "run"))
     *log, last = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [keys(m) for m in log] == [TRAINED | OF_LOSS["dpo"] | MEASURED] * 2
-    assert sum(m["groups_kept"] for m in log) > 1
+    assert all(keys(m) >= TRAINED - {"loss", "grad_norm"} | MEASURED for m in log)
+    assert [m["step"] for m in log if "grad_norm" in m] == [1]
+    assert keys(log[1]) == TRAINED | OF_LOSS["dpo"] | MEASURED
+
+def test_pairs_wait_for_a_whole_update(make_cfg, monkeypatch, tmp_path):
+    """A step of fewer pairs is as large as one of all; a pair that waits is lost, or counts twice."""
+    cfg = make_cfg(loss="dpo", answer_form="tagged", docs_per_step=3, num_steps=5, task_steps=5)
+    trained, pack = [], pop.pack
+    def pack_and_note(units, max_tokens):
+        trained.append([tuple(c.text for c in unit) for unit in units])
+        return pack(units, max_tokens)
+    monkeypatch.setattr(pop, "pack", pack_and_note)
+    pop.main(cfg)
+    log, made = read_lines(tmp_path / "run" / "metrics.jsonl"), []
+    for step, m in enumerate(log):
+        made.append(m["groups_kept"])
+        waits = sum(made) - sum(log[i].get("pairs", 0) for i in range(step + 1))
+        assert 0 <= waits < 3 and (step < 4 or waits == 0)
+        assert m.get("pairs", 3) == 3 or step == 4
+        assert ("pairs" in m) == ("grad_norm" in m) == bool(trained[step])
+    assert len(set(made)) > 1 and [] in trained
+    assert [len(units) for units in trained] == [m.get("pairs", 0) for m in log]
 
 # ---- several processes ----
 RANK_PROGRAM = """
@@ -1721,7 +1777,7 @@ def test_two_ranks_do_what_one_does(make_cfg, tmp_path):
         run = flags["run_dir"]
         pop.main(make_cfg(num_steps=4, resume=True, **flags))
         trainer = run / "checkpoints" / "step_000003" / "trainer"
-        assert names_in(trainer) == ["rank_0.pt", "rank_1.pt"]
+        assert names_in(trainer) == ["rank_0.pt", "rank_1.pt", "waiting.json"]
         if flags["micro_batch_tokens"] == 10_000:    # one rank has no batch: nothing is rounded
             same_runs(whole, run)
             continue
