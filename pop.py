@@ -538,8 +538,7 @@ def parse_yes_no(logprobs: list[float]) -> list[float]:
 # ---- 7. scores and advantages ----
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
     """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1]; ratings v_k in [0, 2], weights w_k > 0."""
-    total = sum(w * v for w, v in zip(weights, ratings, strict=True))
-    return total / (2 * sum(weights))
+    return float(np.dot(weights, ratings) / (2 * sum(weights)))
 
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     """Advantages of one group, (G,) -> (G,). NaN is an answer without a score: it gets 0.
@@ -1251,8 +1250,8 @@ def clock(metrics: dict, phase: str) -> Iterator[None]:
     key = f"seconds/{phase}"
     metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """What rollouts say: rewards, lengths, and why replies and groups were dropped."""
+def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
+    """What rollouts say: rewards, lengths, speed, and why replies and groups were dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
         metrics.update(f"parse_fail/{failure}" for failure in group.failures)
@@ -1264,16 +1263,18 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         metrics["reward_mean"] = fmean(c.score for c in scored)
         metrics["answer_tokens"] = fmean(len(c.token_ids) for c in scored)
         metrics["finished"] = fmean(c.answer != "" for c in answers)
+        metrics["tokens_per_second"] = sum(len(c.token_ids) for c in answers) / seconds
     return dict(metrics)
 
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
+    answers = [c for group in groups for c in group.completions]
     scores = [[c.score for c in group.completions if c.score is not None] for group in kept(groups)]
     rewards = [fmean(row) for row in scores if row]
     if len(rewards) < 2:
         return {}
     return dict(eval_reward=fmean(rewards), eval_reward_se=stdev(rewards) / len(rewards) ** 0.5,
-                eval_finished=rollout_metrics(groups)["finished"], eval_tasks=len(rewards))
+                eval_finished=fmean(c.answer != "" for c in answers), eval_tasks=len(rewards))
 
 def update_metrics(parts: list[Metrics]) -> dict[str, float]:
     """What the losses of all micro-batches and ranks say."""
@@ -1440,14 +1441,14 @@ def main(cfg: Config) -> None:
         start_run(cfg, first_step)
     if newest is None:    # what fails in a save must fail now
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
-    held_out, metrics = [], {}
-    if cfg.eval_every:    # before all others: a training task much like one of these is refused
-        held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg)
-        write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
+    # Before all others: a training task much like one of these is refused.
+    held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg) if cfg.eval_every else []
+    write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
 
     for step in range(first_step, cfg.num_steps):
+        metrics, start = dict(step=step), time.perf_counter()
         # ---- measure ----
         due = cfg.eval_every and step % cfg.eval_every == 0
         measured = measure(engine, judge, model, held_out, cfg, metrics) if due else []
@@ -1481,16 +1482,15 @@ def main(cfg: Config) -> None:
             if units:
                 metrics["grad_norm"] = optimizer_step(model, optimizer)    # not finite: no step
         # ---- log, save ----
-        metrics |= rollout_metrics(groups) | update_metrics(losses)
-        metrics |= dict(step=step, peak_memory_gb=memory_gb())
+        metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
+        metrics["peak_memory_gb"] = memory_gb()
         log_step(run_dir, metrics, groups + measured, cfg)
-        metrics = {}    # the next step's, which will have the seconds of this save
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
-            with clock(metrics, "save"):    # after the log, so that no saved step lacks its line
-                save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # its line is there
+            save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
+        metrics = dict(step=cfg.num_steps)
         measured = measure(engine, judge, model, held_out, cfg, metrics)
-        log_step(run_dir, metrics | dict(step=cfg.num_steps), measured, cfg)
+        log_step(run_dir, metrics, measured, cfg)
     engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()

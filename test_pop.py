@@ -1469,7 +1469,7 @@ def trainer_state(checkpoint):
 
 def log_of(run):
     """Its metrics, without those that no two runs share."""
-    noise = re.compile("seconds/|peak_memory_gb")
+    noise = re.compile("seconds/|tokens_per_second|peak_memory_gb")
     return [{key: m[key] for key in m if not noise.match(key)}
             for m in read_lines(run / "metrics.jsonl")]
 
@@ -1632,14 +1632,15 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
 
 # ---- main ----
 TRAINED = {"step", "groups", "groups_kept", "reward_mean", "answer_tokens", "finished", "loss",
-           "grad_norm", "learning_rate", "peak_memory_gb", "seconds/tasks", "seconds/answer",
-           "seconds/judge", "seconds/update"}
-OF_LOSS = {"pg": {"entropy", "engine_gap", "ratio_clipped"}, "dpo": {"pairs", "dpo_accuracy", "dpo_margin"}}
+           "grad_norm", "learning_rate", "peak_memory_gb", "tokens_per_second", "seconds/tasks",
+           "seconds/answer", "seconds/judge", "seconds/update"}
+OF_LOSS = {"pg": {"entropy", "engine_gap", "ratio_clipped"},
+           "dpo": {"pairs", "dpo_accuracy", "dpo_margin"}}
 MEASURED = {"eval_reward", "eval_reward_se", "eval_finished", "eval_tasks", "seconds/eval"}
 
 def keys(metrics):
     """Without those that are not in every step."""
-    return {key for key in metrics if not re.match("drop/|parse_fail/|seconds/save", key)}
+    return {key for key in metrics if not re.match("drop/|parse_fail/", key)}
 
 def check_answers(row, best):
     """Scores of FakeEngine's answers to one task, and their advantages; returns the mean score."""
@@ -1709,7 +1710,7 @@ def test_as_in_the_paper(make_cfg, tmp_path):
     assert keys(log[1]) == TRAINED | OF_LOSS["dpo"] | MEASURED
 
 def test_pairs_wait_for_a_whole_update(make_cfg, monkeypatch, tmp_path):
-    """A step of fewer pairs is as large as one of all; a pair that waits is lost, or counts twice."""
+    """A step of fewer pairs is as large as others; a pair that waits is lost, or trains twice."""
     cfg = make_cfg(loss="dpo", answer_form="tagged", docs_per_step=3, num_steps=5, task_steps=5)
     trained, pack = [], pop.pack
     def pack_and_note(units, max_tokens):
@@ -2482,7 +2483,8 @@ def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
     group = Group("d", step=0, task="t", rubric=RUBRIC, completions=answers_of(*replies))
     pop.score_answers(judge, [group], make_cfg(scoring="pointwise"))
     assert [c.score for c in group.completions] == [0.625, None, None]
-    found = pop.rollout_metrics([group])
+    found = pop.rollout_metrics([group], 2.0)
+    assert found["tokens_per_second"] == (10 + 11 + 12) / 2
     assert [found[f"parse_fail/judge/{why}"] for why in ("no_json", "endpoint")] == [3, 3]
     seeds = [request["seed"] for request in server.asked]
     assert sorted(seeds) == [0, 0, 0, 1, 1, 2, 2]    # a new one for each try
@@ -2734,7 +2736,7 @@ def test_two_real_ranks(needs_vllm, tmp_path):
     assert sum(m["groups_kept"] for m in logs[0]) > 0
     assert max(m.get("engine_gap", 0) for m in logs[1]) < 1e-3
     for one, two in zip(*logs, strict=True):
-        noise = [key for key in one if re.match("seconds|peak|engine_", key)]
+        noise = [key for key in one if re.match("seconds|peak|engine_|tokens_per", key)]
         assert one | {key: two[key] for key in noise} == pytest.approx(two, rel=1e-2, abs=1e-5)
 
 SCORED_BY_CODE = """
