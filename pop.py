@@ -1171,8 +1171,8 @@ def read_answer(completion: Completion, cfg: Config) -> str:
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged, as in the paper: while at most a quarter of so many have closed their tags, as many are
-    sampled again, in up to five rounds; the first that have closed them are kept.
+    Tagged, as in the paper: so many are sampled again while at most a quarter of that number have
+    closed their tags, in up to five rounds. The first that have closed them are kept.
     """
     for group in kept(groups):
         group.completions = []
