@@ -69,13 +69,13 @@ class WatchedEngine(pop.Engine):
                     self.check_weights(model)
                 except RuntimeError:    # the engine holds other weights: what the hand-over is for
                     pass
-                before = f"{self.gap:.5f}"
+                before = f"{self.gap:.1e}"
         start = time.perf_counter()
         super().load_weights(model, which)
         self.awake = True
         seconds = time.perf_counter() - start
         self.note(f"hand-over of {which}: gap before, after; seconds",
-                  f"{before}, {self.gap:.5f}; {seconds:.1f}")
+                  f"{before}, {self.gap:.1e}; {seconds:.1f}")
 
     def generate(self, requests, role):
         start = time.perf_counter()
