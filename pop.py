@@ -122,7 +122,7 @@ class Config:
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) to each gold")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
-    rubric_candidates: int = flag(0, "about so many answers does the rubric writer see")
+    rubric_candidates: int = flag(0, "about how many answers the rubric writer sees")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
     advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
@@ -135,7 +135,7 @@ class Config:
     micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass")
     offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
     # engine
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16, on a GPU only")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto is bfloat16, on a GPU only")
     gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
     max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped")
     # save and measure
@@ -238,7 +238,7 @@ class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
     token_ids: list[int]    # EOS included
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # see Request
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; but see yes_no
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long; endpoint: failed
     answer: str = ""                      # what is judged; "" where the model did not finish
@@ -560,7 +560,7 @@ def set_advantages(group: Group, cfg: Config) -> None:
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     advantages = group_advantages(scores, cfg.advantage)
     if not advantages.any():
-        group.drop_reason = "judge" if (~scores.isnan()).sum() < 2 else "zero_spread"
+        group.drop_reason = "unscored" if (~scores.isnan()).sum() < 2 else "zero_spread"
     for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
 
@@ -586,7 +586,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
-#   optimizer.waiting   DPO pairs that wait for an update
+#   optimizer.waiting   DPO pairs that wait for an update; a checkpoint carries them
 LORA_SCALE = 2.0    # alpha / r
 
 class LoRALinear(nn.Linear):
@@ -668,7 +668,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # in bf16 each chunk's gradient of a trained head is rounded: 1 to 2% noise
+    parts = []    # a head trained in bf16 sums its gradient over them in bf16: 1 to 2% noise
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -800,9 +800,7 @@ def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping.
-    Clipping is for accidents: with --loss pg the norm is far below 1, as N counts all that may be.
-    """
+    """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping."""
     parameters = trainable(model)
     for p in parameters.values():
         if p.main_grad is None:    # this rank had no batch
@@ -811,7 +809,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
             dist.all_reduce(p.main_grad)
     grad_norm = nn.utils.get_total_norm([p.main_grad for p in parameters.values()]).item()
     if math.isfinite(grad_norm):    # else there is no step
-        scale = min(1.0, 1.0 / (grad_norm + 1e-6))
+        scale = min(1.0, 1.0 / (grad_norm + 1e-6))    # a safety net: --loss pg stays far below
         for name, master in optimizer.masters.items():
             master.grad = parameters[name].main_grad.mul_(scale).to(master.device)
         optimizer.step()
@@ -935,7 +933,7 @@ class Engine:
         completions, fitting, params = [], [], []
         for request in requests:
             completion = Completion([], self.encode(request.messages), finish_reason="too_long")
-            completions.append(completion)
+            completions.append(completion)    # too long, unless it fits
             if len(completion.prompt_ids) + request.max_tokens > self.cfg.max_model_len:
                 continue
             fitting.append((request, completion))
@@ -974,7 +972,7 @@ class Engine:
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """RuntimeError if engine and trainer differ beyond rounding on 16 sampled tokens."""
+        """RuntimeError if engine and trainer differ beyond rounding on 16 tokens. Sets gap."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature)
         batch = collate(self.sample([request], "probe"), model.device)
@@ -1171,8 +1169,8 @@ def read_answer(completion: Completion, cfg: Config) -> str:
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged, as in the paper: so many are sampled again while at most a quarter of that number have
-    closed their tags, in up to five rounds. The first that have closed them are kept.
+    Tagged, as in the paper: while at most a quarter of that number have closed their tags, as many
+    are sampled again, in up to five rounds. The first that have closed them are kept.
     """
     for group in kept(groups):
         group.completions = []
@@ -1466,8 +1464,9 @@ def main(cfg: Config) -> None:
         units = list(chain(*[training_units(group, cfg) for group in kept(groups)]))
         if cfg.loss == "dpo":    # wait for --docs_per_step pairs (paper); the last step takes all
             pairs = optimizer.waiting + units
-            rest = len(pairs) % cfg.docs_per_step if step + 1 < cfg.num_steps else 0
-            units, optimizer.waiting = pairs[:len(pairs) - rest], pairs[len(pairs) - rest:]
+            last = step + 1 == cfg.num_steps
+            ready = len(pairs) if last else len(pairs) - len(pairs) % cfg.docs_per_step
+            units, optimizer.waiting = pairs[:ready], pairs[ready:]
         # ---- update: one AdamW step on all answers, or on --docs_per_step DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
         losses = []
@@ -1485,7 +1484,7 @@ def main(cfg: Config) -> None:
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
         metrics["peak_memory_gb"] = memory_gb()
         log_step(run_dir, metrics, groups + measured, cfg)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # its line is there
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # its line is logged
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
         metrics = dict(step=cfg.num_steps)

@@ -1191,7 +1191,7 @@ def test_signal_of_a_group(make_cfg):
     for loss, rows, units, reason in (    # rows: (number of words, score)
             ("pg", [(5, 1.0), (500, None), (500, 0.0)], [[0], [2]], None),
             ("pg", [(5, 0.5), (9, 0.5 + 1e-9), (5, None)], [], "zero_spread"),
-            ("pg", [(5, None), (5, 0.5)], [], "judge"),
+            ("pg", [(5, None), (5, 0.5)], [], "unscored"),
             ("dpo", [(5, 0.5), (6, 0.9), (7, None), (8, 0.1)], [[1, 3]], None),
             ("dpo", [(5, 0.5), (6, 0.5009)], [], "zero_spread"),
             ("dpo", [(5, 0.5), (6, 0.5012)], [[1, 0]], None),

@@ -1,12 +1,13 @@
-"""Is there something to learn? A look before any training, minutes a setting.
+"""Is there something to learn? Run this before training; each setting takes minutes.
 
     python assets/gate.py tasks FILE N [flags of pop.py]     # N tasks with rubrics, written by --model
     python assets/gate.py answers FILE OUT [flags]           # --model answers them, and rates its answers as "own"
     python assets/gate.py judge OUT NAME [flags]             # --model rates them, too, as NAME
     python assets/gate.py table OUT ...
 
-The training judge picks the best of a task's answers. What is that worth to a judge that does not train, and in words
-of the golds? If nothing, training cannot teach it: the table's intervals (95% over tasks) must be clear of 0.
+The training judge picks the best of a task's answers. How much better than the average is its pick, according to a
+judge that does not train, and by the share of the golds' words? If it is no better, training on this judge can teach
+nothing: the table's intervals (95% over tasks) must be clear of 0.
 """
 import json
 import re
@@ -19,6 +20,8 @@ import pop    # before PyTorch: it loads OpenMP
 
 import numpy as np
 import pandas
+
+from eval import interval
 
 DECOYS = 3    # first golds of the tasks that come next
 KINDS = dict(    # P(Yes) to a task's golds and to decoys -> score of each gold, in [0, 1]
@@ -57,7 +60,7 @@ def answer(file, engine, cfg):
     groups = pop.kept([pop.GROUP.validate_json(line) for line in open(file)])
     pop.sample_answers(engine, groups, cfg)
     rows = []
-    for group in groups:
+    for group in pop.kept(groups):
         answers = [dict(text=c.text.strip(), finished=c.answer != "") for c in group.completions]
         rubric = [criterion.model_dump() for criterion in group.rubric]
         rows.append(dict(task=group.task, reference=group.reference, rubric=rubric, answers=answers))
@@ -103,7 +106,8 @@ def with_interval(values):
     values = np.array([value for value in values if not np.isnan(value)])
     if len(values) < 2:
         return "-"
-    return f"{values.mean():+.3f} ± {1.96 * values.std(ddof=1) / len(values) ** 0.5:.3f}"
+    mean, half = interval(values)
+    return f"{mean:+.3f} ± {half:.3f}"
 
 
 def table(file):
@@ -114,7 +118,7 @@ def table(file):
     print(f"\n{file}: {len(groups)} tasks x {len(groups[0]['answers'])} answers, "
           f"{np.mean([answer['finished'] for answer in every]):.0%} finished, {words:.1f} words\n")
     judges = list(every[0]["judges"])
-    print("| training judge | spread | measure | best of all less mean | rank correlation |")
+    print("| training judge | spread | measure | judge's pick less the mean | rank correlation |")
     print("|---|---|---|---|---|")
     for name in judges:
         for kind in KINDS:

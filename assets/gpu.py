@@ -3,8 +3,8 @@
     python assets/gpu.py --model Qwen/Qwen2.5-7B        # and any other flag of pop.py
     python assets/gpu.py --preset tiny                  # goes as far as it can without a GPU
 
-The page is Markdown. Please send it with the name of your card: nothing of this project has run on many of them. To
-compare vLLM's two ways to run a model, do it once more with VLLM_USE_V2_MODEL_RUNNER=0 in front.
+The page is Markdown. Please post it in an issue: nothing of this project has been run on a GPU. For one process, not
+under torchrun. To compare vLLM's two model runners, do it once more with VLLM_USE_V2_MODEL_RUNNER=0 in front.
 """
 import json
 import os
@@ -49,7 +49,7 @@ def tflops_of_a_large_product(dtype):
 
 class WatchedEngine(pop.Engine):
     """Notes memory, gaps and speeds at the places that matter."""
-    notes, awake = [], True
+    notes, awake, tried, handing_over = [], True, False, False
     sampled = Counter()    # of each role: tokens, seconds
 
     def note(self, what, value):
@@ -61,21 +61,37 @@ class WatchedEngine(pop.Engine):
         self.awake = not torch.cuda.is_available()
         self.note("MiB before sleep, asleep", f"{before:.0f}, {used_mib():.0f}")
 
-    def load_weights(self, model, which):
+    def check_weights(self, model):
+        """The gap, however large it is: the page must be printed."""
+        try:
+            super().check_weights(model)
+        except RuntimeError:
+            if self.handing_over:
+                self.note("pop.py would have stopped: a gap of", f"{self.gap:.1e}")
+
+    def hand_over(self, model, which, title):
         before = "-"    # what sleeps has no weights to compare
         if self.awake:
             with pop.swapped_weights(model, model.states[which]):
-                try:
-                    self.check_weights(model)
-                except RuntimeError:    # the engine holds other weights: what the hand-over is for
-                    pass
-                before = f"{self.gap:.1e}"
-        start = time.perf_counter()
+                self.check_weights(model)
+            before = f"{self.gap:.1e}"
+        start, self.handing_over = time.perf_counter(), True
         super().load_weights(model, which)
-        self.awake = True
-        seconds = time.perf_counter() - start
-        self.note(f"hand-over of {which}: gap before, after; seconds",
-                  f"{before}, {self.gap:.1e}; {seconds:.1f}")
+        self.awake, self.handing_over = True, False
+        self.note(f"hand-over of {title}: gap before, after; seconds",
+                  f"{before}, {self.gap:.1e}; {time.perf_counter() - start:.1f}")
+
+    def load_weights(self, model, which):
+        self.hand_over(model, which, which)
+        if not self.tried:    # once with weights that differ visibly: else nobody would see that one did nothing
+            self.tried = True
+            start = pop.trained_state(model)
+            with torch.no_grad():
+                for name, p in pop.trainable(model).items():
+                    p.add_((0.02 if "lora" in name else 0.1 * float(p.std())) * torch.randn_like(p))
+            self.hand_over(model, "policy", "weights with noise")
+            model.load_state_dict(start, strict=False)
+            self.hand_over(model, which, f"{which}, back again")
 
     def generate(self, requests, role):
         start = time.perf_counter()
@@ -86,7 +102,7 @@ class WatchedEngine(pop.Engine):
 
 
 def watched_run(argv):
-    """One run in this process; prints what it found as JSON in the last line."""
+    """One run in this process; what it found goes to found.json in the run's folder."""
     trained = Counter()
     def logprobs(model, batch, cfg, inner=pop.policy_logprobs):
         if torch.is_grad_enabled():    # an update, not a check of the engine's weights
@@ -94,28 +110,26 @@ def watched_run(argv):
             trained["parameters"] = sum(p.numel() for p in model.parameters())
         return inner(model, batch, cfg)
     pop.policy_logprobs, pop.Engine = logprobs, WatchedEngine
+    pop.save_checkpoint = lambda *args: None    # 43 GiB of full weights that nobody needs
     cfg = pop.parse_args([*argv, "--num_steps", str(STEPS)])
-    product = tflops_of_a_large_product(getattr(torch, cfg.dtype))
     pop.main(cfg)
-    log = [json.loads(line) for line in open(Path(cfg.run_dir) / "metrics.jsonl")]
-    largest = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
-    print(json.dumps(dict(log=log, notes=WatchedEngine.notes, sampled=WatchedEngine.sampled, trained=trained,
-                          lora_rank=cfg.lora_rank, dtype=cfg.dtype, product=product, largest=largest)))
+    product = tflops_of_a_large_product(getattr(torch, cfg.dtype))
+    run_dir = Path(cfg.run_dir)
+    log = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
+    found = dict(log=log, notes=WatchedEngine.notes, sampled=WatchedEngine.sampled, trained=trained,
+                 lora_rank=cfg.lora_rank, dtype=cfg.dtype, product=product)
+    (run_dir / "found.json").write_text(json.dumps(found))
 
 
 def child(argv):
     """watched_run in a process of its own, so that the second run starts as the first one did."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--watched", *argv, "--run_dir", folder + "/run"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if not line.startswith("{"):
-                    print(line, end="", flush=True)
-        if process.returncode:
-            sys.exit(f"the run ended with code {process.returncode}: what it said stands above")
-    return json.loads(lines[-1])
+        code = subprocess.run(command).returncode
+        found = Path(folder, "run", "found.json")
+        if not found.exists():
+            sys.exit(f"the run ended with code {code}: what it said stands above")
+        return json.loads(found.read_text())
 
 
 def page(first, second, argv):
@@ -137,7 +151,6 @@ def page(first, second, argv):
                  f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
     rows.append((f"update: TFLOPS, a large {first['dtype']} product's, share",
                  f"{tflops:.2f}, {first['product']:.2f}, {tflops / first['product']:.0%}"))
-    rows.append(("largest memory of tensors, GiB", f"{first['largest']:.1f}"))
     for name in ("reward_mean", "finished", "answer_tokens", "grad_norm", "engine_gap", "peak_memory_gb",
                  "seconds/tasks", "seconds/answer", "seconds/judge", "seconds/update"):
         for which, run in (("", first), (", the same seed again", second)):

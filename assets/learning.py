@@ -47,6 +47,15 @@ def leave_out_unfinished(group: pop.Group, cfg: pop.Config, set_advantages: Any)
     set_advantages(group, cfg)
 
 
+def lowest_for_unfinished(group: pop.Group, cfg: pop.Config, set_advantages: Any) -> None:
+    """In training, an answer that is cut off has the lowest score of those in its group that are not."""
+    scores = [c.score for c in group.completions if c.answer and c.score is not None]
+    for completion in group.completions:
+        if not completion.answer:
+            completion.score = min(scores, default=None)
+    set_advantages(group, cfg)
+
+
 def read_unfinished(completion: pop.Completion, cfg: pop.Config) -> str:
     """An answer that is cut off is judged as far as it goes."""
     return completion.text.rpartition("</think>")[2].strip()
@@ -149,6 +158,8 @@ def change(name: str) -> None:
         pop.read_answer = read_unfinished
     elif name == "left_out":
         pop.set_advantages = partial(leave_out_unfinished, set_advantages=pop.set_advantages)
+    elif name == "lowest":
+        pop.set_advantages = partial(lowest_for_unfinished, set_advantages=pop.set_advantages)
     elif name == "decoys":
         pop.rate = rate_against_decoys
     elif name == "words":
@@ -158,7 +169,7 @@ def change(name: str) -> None:
     elif name == "shuffled":
         pop.set_advantages = partial(shuffle, set_advantages=pop.set_advantages)
     elif name != "policy":
-        pop.fail(f"{name}: must be policy, as_is, decoys, words, left_out, equal_length or shuffled")
+        pop.fail(f"{name}: must be policy, as_is, decoys, words, left_out, lowest, equal_length or shuffled")
 
 
 def select(pool: str, out: str, corpus: str, *left_out: str) -> None:
