@@ -41,7 +41,7 @@ def long_words(text):
 
 
 def words_of_golds(group, text):
-    """Share of the golds' words of four letters or more, but the task's, that are in a text."""
+    """Share of the golds' words (of four letters or more, not in the task) that a text has; NaN if there are none."""
     golds = set().union(*[long_words(criterion["gold"]) for criterion in group["rubric"]])
     golds -= long_words(group["task"])
     return len(long_words(text) & golds) / len(golds) if golds else float("nan")
