@@ -733,8 +733,8 @@ def interval(values: Any) -> tuple[Any, Any]:
 
 def answer_measures(completion: Row, item: Item, text: str, ratings: Points | None) -> Row:
     """Columns of rejudge's table. None: a judge gave no verdict. "own judge": the run's reward.
-    "this judge" is as in training: an unfinished answer scores 0; "finished or not": without this
-    rule. "golds' words" needs no judge: how many of them (of four letters or more) are in the text?
+    "this judge": an unfinished answer scores 0; "finished or not": it is judged as far as it goes.
+    "golds' words" needs no judge: how many of them (of four letters or more) are in the text?
     """
     rated = score_own(item, ratings)[0] if ratings else None
     finished = completion["answer"] != ""

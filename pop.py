@@ -180,8 +180,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
     if cfg.dtype == "auto" and torch.cuda.is_available():
         cfg.dtype = "bfloat16"
-    if cfg.run_dir is None:
-        cfg.run_dir = time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
+    cfg.run_dir = cfg.run_dir or time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
     return cfg
 
 # ---- 3. documents, tasks, rubrics, answers ----
@@ -242,8 +241,8 @@ class Completion:
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long; endpoint: failed
     answer: str = ""                      # what is judged; "" where the model did not finish
-    ratings: list[float] | None = None    # in [0, 2], one for each criterion; None: no verdict
-    score: float | None = None            # in [0, 1]; None: left out of the group
+    ratings: list[float] | None = None    # one for each criterion, see rate; None: no verdict
+    score: float | None = None            # at most 1; None: left out of the group
     advantage: float = 0.0
 
 def check_names(rubric: list[Criterion]) -> list[Criterion]:
@@ -537,7 +536,7 @@ def parse_yes_no(logprobs: list[float]) -> list[float]:
 
 # ---- 7. scores and advantages ----
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
-    """r = sum_k w_k v_k / (2 sum_k w_k), in [0, 1]; ratings v_k in [0, 2], weights w_k > 0."""
+    """r = sum_k w_k v_k / (2 sum_k w_k), at most 1; ratings v_k at most 2, weights w_k > 0."""
     return float(np.dot(weights, ratings) / (2 * sum(weights)))
 
 def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
@@ -686,9 +685,8 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     """L = -(1/N) sum_i sum_t c_it A_i logprob_it with c = stop_grad(min(ratio, ratio_cap)).
     logprobs, engine_logprobs, mask: (B, T); advantages A: (B,), or (B, T) to give each token its
     own; normalizer N: the same for all micro-batches of a step. ratio = exp(logprob -
-    engine_logprob) makes up for the engine's rounding (truncated importance sampling,
-    arXiv 1802.01561). No 1 / length: it would favour short good answers and long bad ones
-    (arXiv 2503.20783).
+    engine_logprob) makes up for the engine's rounding (truncated importance sampling, arXiv
+    1802.01561). No 1 / length: it favours short good answers and long bad ones (2503.20783).
     """
     mask = mask.bool()
     advantages = advantages.reshape(len(mask), -1)    # (B, 1) or (B, T)
@@ -698,10 +696,8 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     loss = -torch.where(mask, factor * logprobs, 0.0).sum() / normalizer
     tokens = mask.sum().item()
     entropy = -torch.where(mask, logprobs.detach(), 0.0).sum()    # an estimate, if on policy
-    clipped = (ratio > ratio_cap) & mask
     return loss, dict(loss=(loss.item(), 0), entropy=(entropy.item(), tokens),
-                      engine_gap=(log_ratio.abs().sum().item(), tokens),
-                      ratio_clipped=(clipped.sum().item(), tokens))
+                      engine_gap=(log_ratio.abs().sum().item(), tokens))
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
              beta: float, normalizer: float) -> tuple[Tensor, Metrics]:
@@ -902,9 +898,7 @@ class Engine:
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids of a chat. A space breaks up this model's special tokens in a text, so that it
-        ends no turn (fence does so for common ones, which another judge may have).
-        """
+        """Prompt ids. A space breaks up this model's special tokens in a text: it ends no turn."""
         messages = deepcopy(messages)
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
@@ -1093,8 +1087,7 @@ def pick_candidates(group: Group, cfg: Config) -> str:
     """About --rubric_candidates answers; as in the paper, evenly over their lengths."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
-    picked = answers[::stride] if cfg.rubric_candidates else []
-    picked = [cut_words(text, 2048) for text in picked]
+    picked = [cut_words(text, 2048) for text in answers[::stride]] if cfg.rubric_candidates else []
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
@@ -1195,10 +1188,13 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
 
 def rate(judge: Any, answers: list[tuple], cfg: Config,
          failures: list[list[str]] | None = None) -> list[list[float] | None]:
-    """A judge's ratings (K,) in [0, 2] of each (task, rubric, text): of an answer, a reference or
-    any other text; None where it gave none. Why it did not is added to the lists in failures.
+    """A judge's ratings (K,) of each (task, rubric, text): of an answer, a reference or any other
+    text; None where it gave none. Why it did not is added to the lists in failures.
+    pointwise: 0, 1 or 2. expected: 2 (P(Yes) to the gold - mean P(Yes) to two decoys), about 0 for
+    a text that gets a Yes to anything. Decoys are first golds of the next tasks in the call.
     """
-    requests = []
+    first_golds = {task: rubric[0].gold for task, rubric, _ in answers}
+    tasks, requests = list(first_golds), []
     failures = failures or [[] for _ in answers]
     for (task, rubric, text), noted in zip(answers, failures, strict=True):
         if cfg.scoring == "pointwise":    # one reply, with a thought and a rating on each criterion
@@ -1206,36 +1202,40 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
                 judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
                 schema=verdict_type(rubric).json_schema(), failures=noted,
                 parse=partial(parse_verdict, rubric=rubric))])
-        else:    # one question on each criterion
-            questions = [yes_no_prompt(text, criterion.gold) for criterion in rubric]
-            requests.append([Request(question, max_tokens=1, yes_no=True, parse=parse_yes_no,
-                                     failures=noted) for question in questions])
+        else:    # one question on each gold, then on each decoy
+            next_tasks = (tasks[tasks.index(task) + 1:] + tasks)[:2]    # in a circle
+            decoys = [first_golds[other] for other in next_tasks if other != task]
+            golds = [criterion.gold for criterion in rubric] + decoys
+            requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
+                                     parse=parse_yes_no, failures=noted) for gold in golds])
     results = iter(ask(judge, "judge", list(chain(*requests))))
     ratings = []
-    for asked in requests:    # those for one text
-        parts = list(islice(results, len(asked)))    # ratings from each, or None
-        ratings.append(None if None in parts else list(chain(*parts)))
+    for (_, rubric, _), asked in zip(answers, requests, strict=True):
+        parts = list(islice(results, len(asked)))    # ratings from each reply, or None
+        found = [] if None in parts else list(chain(*parts))
+        level = fmean(found[len(rubric):] or [0.0])    # of decoys; pointwise has none
+        ratings.append([rating - level for rating in found[:len(rubric)]] or None)
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of every answer of kept groups, in place of earlier ones.
-    An unfinished plain answer gets ratings 0; a tagged one is left out, as in the paper. An answer
-    without a readable verdict is left out, too: a failed judge is not a bad answer.
+    A plain answer that is cut off gets ratings 0 and the lowest score of its group: a score of 0
+    taught a 0.5B model to say little, to leave it out taught it to run on (assets/learning.md). A
+    tagged one is left out, as in the paper; so is an answer without a readable verdict.
     """
-    places, answers = [], []
-    for group in kept(groups):
-        for completion in group.completions:
-            completion.ratings = completion.score = None
-            if completion.answer:
-                places.append((group, completion))
-                answers.append((group.task, group.rubric, completion.answer))
-            elif cfg.answer_form == "plain":
-                completion.ratings, completion.score = [0.0] * len(group.rubric), 0.0
+    places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
+    answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
     found = rate(judge, answers, cfg, [group.failures for group, _ in places])
     for (group, completion), ratings in zip(places, found, strict=True):
+        weights = [criterion.weight for criterion in group.rubric]
         completion.ratings = ratings
-        if ratings is not None:
-            completion.score = rubric_score(ratings, [k.weight for k in group.rubric])
+        completion.score = rubric_score(ratings, weights) if ratings else None
+    for group in kept(groups) if cfg.answer_form == "plain" else []:
+        scores = [c.score for c in group.completions if c.answer and c.score is not None]
+        for completion in group.completions:
+            if not completion.answer:
+                completion.ratings = [0.0] * len(group.rubric)
+                completion.score = min(scores, default=0.0)
 
 # ---- 13. log and checkpoints ----
 PRINTED = ("reward_mean finished answer_tokens groups_kept grad_norm engine_gap eval_reward "

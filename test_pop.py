@@ -20,6 +20,7 @@ import sys
 import time
 import urllib.request
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from functools import cached_property
@@ -63,6 +64,7 @@ class FakeEngine(Engine):
 
     Of four answers one is cut off, one cannot be judged, two are good ("quality 1" or "quality 2",
     which is also their rating), in tags where the prompt asks for them. Any other text is rated 1.
+    All tasks have RUBRIC, so by `expected` its first gold is a decoy, too: half there in all texts.
     say(request, role) may set a reply: a text, a Completion, or None for the usual one.
     """
     say = staticmethod(lambda request, role: None)
@@ -112,9 +114,11 @@ class FakeEngine(Engine):
         elif role == "rubric":
             text = pop.Rubric(criteria=RUBRIC).model_dump_json()
         else:
-            text = f"quality {1 + request.seed % 2}"
-            if "<answer>" in whole_prompt(request):
-                text = f"Let me think.\n<answer>\n{text}\n</answer>"
+            prompt = whole_prompt(request)
+            # Two good plain answers to a task differ, or its cut-off one would be as good as both.
+            text = f"quality {1 + (i + zlib.crc32(prompt.encode())) % 2}"
+            if "<answer>" in prompt:
+                text = f"Let me think.\n<answer>\nquality {1 + request.seed % 2}\n</answer>"
             text = ["cut off", "nobody can judge this", text, text][i % 4]
             reason = "length" if i % 4 == 0 else "stop"
         return self.completion(text, reason, request)
@@ -124,7 +128,8 @@ class FakeEngine(Engine):
         answer = request.messages[-1]["content"].rpartition("<answer>")[2]
         rating = 2 if "quality 2" in answer else 1
         names = (request.schema or {}).get("properties", [])
-        probabilities = (0.48, 0.48) if rating == 1 else (0.98, 0.01)
+        is_first_gold = RUBRIC[0].gold in answer
+        probabilities = (0.48, 0.48) if rating == 1 or is_first_gold else (0.98, 0.01)
         if "nobody can judge this" in answer:
             names, probabilities = ["nobody"], (0.05, 0.04)
         row = {name: dict(thoughts="t", rating=rating) for name in names}
@@ -1062,23 +1067,37 @@ def test_tagged_answers_get_five_rounds(make_cfg):
             assert (c.score is None) == (c.answer == "") and c.score != 0
 
 def test_expected_scores(make_cfg):
-    """P(Yes) goes to another answer or criterion; a judge without these words gives a rating."""
-    p = {"a": [(0.3, 0.1), (0.2, 0.6)], "b": [(0.06, 0.05), (0.1, 0.4)],
-         "c": [(0.9, 0.1), (0.05, 0.04)]}
+    """P(Yes) goes to another answer or criterion, a decoy is a task's own or none is taken off, a
+    cut-off answer is worse than the worst or counts for it, a judge without these words rates."""
+    p = {"a red": (0.3, 0.1), "a calm": (0.2, 0.6), "b red": (0.06, 0.05), "b calm": (0.1, 0.4),
+         "c red": (0.9, 0.1), "c calm": (0.05, 0.04), "a 1": (0.2, 0.2), "a 2": (0.1, 0.3)}
 
     def say(request, role):
         answer, gold = re.findall(r">\n(.*)\n</", request.messages[-1]["content"])
-        yes, no = p[answer]["calm" in gold]
+        yes, no = p.get(f"{answer} {gold.split()[-1][:-1]}", (0.4, 0.6))
         return Completion([1], engine_logprobs=[math.log(yes), math.log(no)], finish_reason="stop")
     engine = FakeEngine(cfg := make_cfg(), say)
-    group = Group("d", rubric=RUBRIC, completions=answers_of("a", "b", None, "c"))
+    group = Group("d", task="0", rubric=RUBRIC, completions=answers_of("a", "b", None, "c"))
     pop.score_answers(engine, [group], cfg)
     a, b, cut, c = group.completions
-    assert a.ratings + b.ratings == pytest.approx([1.5, 0.5, 12 / 11, 0.4])
+    assert a.ratings + b.ratings == pytest.approx([1.5, 0.5, 12 / 11, 0.4])    # one task: no decoys
     assert a.score == pytest.approx((3 * 1.5 + 0.5) / 8)
-    assert (cut.ratings, cut.score, c.ratings, c.score) == ([0, 0], 0, None, None)
+    assert cut.score == b.score == pytest.approx((3 * 12 / 11 + 0.4) / 8)
+    assert (cut.ratings, c.ratings, c.score) == ([0, 0], None, None)
     assert group.failures == ["judge/no_yes_or_no"]
     assert engine.calls == [("judge", 6)]    # not again: the answer would be the same
+    # Decoys are the next two tasks' first golds: for task 0 those of 1 and 2, for 3 of 0 and 1.
+    answers = [("0", RUBRIC, "a")] + [
+        (str(i), [entry.model_copy(update=dict(gold=f"It is {i}.")) for entry in RUBRIC], "d")
+        for i in (1, 2, 3)]
+    first, *_, last = pop.rate(engine, answers, cfg)
+    assert first == pytest.approx([1.5 - (1 + 0.5) / 2, 0.5 - (1 + 0.5) / 2])
+    assert last == pytest.approx([0, 0])
+    assert [re.findall("It is (.*)[.]", whole_prompt(r))[-1] for r in engine.requests("judge")[-4:]
+            ] == ["3", "3", "red", "1"]
+    unfinished = Group("d", task="0", rubric=RUBRIC, completions=answers_of(None, None))
+    pop.score_answers(engine, [unfinished], cfg)
+    assert [c.score for c in unfinished.completions] == [0, 0]
 
 @pytest.mark.parametrize("scoring", ["pointwise", "expected"])
 def test_verdicts(make_cfg, capsys, scoring):
@@ -1089,10 +1108,12 @@ def test_verdicts(make_cfg, capsys, scoring):
                ("u", RUBRIC, "quality 2")]
     notes = [[] for _ in answers]
     one, none, other, two = pop.rate(engine, answers, cfg, notes)
-    best, tries = (2, 3) if scoring == "pointwise" else (pytest.approx(2 * 0.98 / 0.99), 2)
-    assert (one, none, other, two) == ([best], None, [1, 1], [best] * 2)
+    usual = [[2], [1, 1], [2, 2]]
+    if scoring == "expected":    # less a decoy, which is half there
+        usual = [[0], [0, 0], pytest.approx([0, 2 * 0.98 / 0.99 - 1])]
+    assert [one, other, two] == usual and none is None
     assert notes[::2] == [[], []] and notes[3] == []
-    assert len(notes[1]) == tries and "judge/" in notes[1][0]
+    assert len(notes[1]) == 3 and "judge/" in notes[1][0]    # three tries, or two golds and a decoy
     assert pop.rate(engine, [], cfg) == []
     group, dropped = [Group("d", task="t", rubric=RUBRIC, completions=answers_of("quality 1", ""))
                       for _ in range(2)]
@@ -1101,8 +1122,9 @@ def test_verdicts(make_cfg, capsys, scoring):
         group.completions[1].answer = text
         pop.score_answers(engine, [dropped, group], cfg)
     first, second = group.completions
-    assert (first.score, second.score, second.ratings) == (0.5, None, None)
-    assert group.failures == notes[1] and dropped.completions[0].score is None
+    assert (first.score, second.score, second.ratings) == (0.5, None, None)    # without a decoy
+    assert group.failures == notes[1][:2 if scoring == "expected" else 3]
+    assert dropped.completions[0].score is None
     engine.say = lambda *_: Completion([], text="I'd rather not", finish_reason="length")
     line = fails(capsys, pop.score_answers, engine, [group], cfg)
     assert "the judge" in line and line.endswith("length: \"I'd rather not\"")
@@ -1390,7 +1412,7 @@ def test_losses_and_their_counts(monkeypatch):
     # ratios 1, e^2, e^-0.5
     loss, metrics = pop.policy_gradient_loss(logprobs, engine, own, mask, 10.0, ratio_cap=3.0)
     assert loss.item() == pytest.approx(-(2 * -1 + 3 * -2 - math.exp(-0.5) * -3) / 10)
-    counts = dict(entropy=(6, 3), engine_gap=(2.5, 3), ratio_clipped=(1, 3))
+    counts = dict(entropy=(6, 3), engine_gap=(2.5, 3))
     assert metrics == counts | dict(loss=(loss.item(), 0))
 
 @pytest.mark.parametrize("flags", [dict(ratio_cap=1.05), dict(loss="dpo", dpo_beta=0.2)])
@@ -1436,8 +1458,8 @@ def test_update_of_a_run_by_hand(make_cfg, monkeypatch, tmp_path, tiny_policy, f
             ratio = gap.detach().exp()
             scale = torch.tensor([[c.advantage] for c in rows]) / (3 * 4 * 96)
             loss = -(ratio.clamp(max=1.05) * scale * logprobs)[mask].sum()
-            metrics = dict(entropy=-logprobs[mask].mean(), engine_gap=gap[mask].abs().mean(),
-                           ratio_clipped=(ratio[mask] > 1.05).float().mean())
+            metrics = dict(entropy=-logprobs[mask].mean(), engine_gap=gap[mask].abs().mean())
+            assert (ratio[mask] > 1.05).any()
         loss.backward()
         expected = [p.grad for p in pop.trainable(model).values()]
         metrics |= dict(loss=loss, grad_norm=nn.utils.get_total_norm(expected))
@@ -1634,7 +1656,7 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
 TRAINED = {"step", "groups", "groups_kept", "reward_mean", "answer_tokens", "finished", "loss",
            "grad_norm", "learning_rate", "peak_memory_gb", "tokens_per_second", "seconds/tasks",
            "seconds/answer", "seconds/judge", "seconds/update"}
-OF_LOSS = {"pg": {"entropy", "engine_gap", "ratio_clipped"},
+OF_LOSS = {"pg": {"entropy", "engine_gap"},
            "dpo": {"pairs", "dpo_accuracy", "dpo_margin"}}
 MEASURED = {"eval_reward", "eval_reward_se", "eval_finished", "eval_tasks", "seconds/eval"}
 
@@ -1642,14 +1664,14 @@ def keys(metrics):
     """Without those that are not in every step."""
     return {key for key in metrics if not re.match("drop/|parse_fail/", key)}
 
-def check_answers(row, best):
+def check_answers(row, best, worst=0.5):
     """Scores of FakeEngine's answers to one task, and their advantages; returns the mean score."""
     unjudged, *others, cut_off = row["completions"]
     assert row["drop_reason"] is None
-    assert (cut_off["answer"], cut_off["score"], cut_off["ratings"]) == ("", 0, [0, 0])
+    assert (cut_off["answer"], cut_off["ratings"]) == ("", [0, 0])
     assert (unjudged["score"], unjudged["ratings"], unjudged["advantage"]) == (None, None, 0)
-    scores = np.array([*(0.5 if c["answer"] == "quality 1" else best for c in others), 0])
-    assert [*(c["score"] for c in others), 0] == pytest.approx(scores, abs=1e-6)
+    scores = np.array([worst if c["answer"] == "quality 1" else best for c in others] + [worst])
+    assert [c["score"] for c in (*others, cut_off)] == pytest.approx(scores, abs=1e-6)
     advantages = (scores - scores.mean()) * (row["step"] != pop.HELD_OUT)
     assert [c["advantage"] for c in (*others, cut_off)] == pytest.approx(advantages, abs=1e-6)
     return scores.mean()
@@ -1675,13 +1697,14 @@ def test_main(make_cfg, tmp_path, scoring):
     for step, kinds in enumerate(([0, 0, -1, -1, -1], [1, 1], [2, 2, -1, -1, -1], [-1] * 3)):
         m, rows = log[step], read_lines(run / "rollouts" / f"step_{step:06d}.jsonl")
         assert m["step"] == step and [row["step"] for row in rows] == kinds
-        means = [check_answers(row, 1.0 if many else 0.98 / 0.99) for row in rows]
+        best, worst = (1.0, 0.5) if many else ((2 * 0.98 / 0.99 - 1) / 8, 0.0)
+        means = [check_answers(row, best, worst) for row in rows]
         if step < 3:
             shown = [row["document"] for row in rows[:2]]
             assert shown == pop.corpus_batch(corpus, step, cfg) and m["engine_gap"] < 1e-5
             assert (m["groups"], m["groups_kept"], m["finished"]) == (2, 2, 6 / 8)
             assert m["reward_mean"] == pytest.approx(np.mean(means[:2]), abs=1e-6)
-            reason, count = ("missing", 2 * 3) if many else ("no_yes_or_no", 2 * 2)
+            reason, count = ("missing", 2 * 3) if many else ("no_yes_or_no", 2 * 3)
             assert m[f"parse_fail/judge/{reason}"] == count
         if step != 1:
             assert m["eval_reward"] == pytest.approx(np.mean(means[-3:]))
@@ -2159,7 +2182,7 @@ def test_own_on_a_task_file(evaluation, tmp_path):
         "Task 0?\n\nAnswer in at most 20 words.", "Task 1?\n\nAnswer in at most 20 words."}
     assert {role for role, _, _ in evaluation.calls} == {"answer", "judge"}
     assert all("Reply Yes or No" in text for text in texts_for(evaluation.calls, "judge"))
-    assert result["model"][0] == pytest.approx(0.98 / 0.99)
+    assert result["model"][0] == pytest.approx((2 * 0.98 / 0.99 - 1) / 8)
     cut = evaluation("own", "--data", file, "--model", tmp_path / "cut")
     assert cut["model"] == [0.0] * 3 and cut["cells"]["finished"] == "0% / 100%"
 
