@@ -734,17 +734,17 @@ def interval(values: Any) -> tuple[Any, Any]:
 def answer_measures(completion: Row, item: Item, text: str, ratings: Points | None) -> Row:
     """Columns of rejudge's table. None: a judge gave no verdict. "own judge": the run's reward.
     "this judge": an unfinished answer scores 0; "finished or not": it is judged as far as it goes.
-    "golds' words" needs no judge: how many of them (of four letters or more) are in the text?
+    "golds' words": the share of them, of four letters or more and not in the task, in the text.
     """
     rated = score_own(item, ratings)[0] if ratings else None
     finished = completion["answer"] != ""
-    golds = " ".join(criterion.gold for criterion in item.group.rubric)
-    wanted, used = [set(re.findall(r"\w{4,}", words.lower())) for words in (golds, text)]
+    texts = " ".join(criterion.gold for criterion in item.group.rubric), item.group.task, text
+    wanted, told, used = [set(re.findall(r"\w{4,}", words.lower())) for words in texts]
     return {"own judge": completion["score"],
             "this judge": rated if finished else 0.0,
             "finished or not": rated,
             "finished": finished,
-            "golds' words": len(wanted & used) / max(1, len(wanted)),
+            "golds' words": len(wanted & used - told) / max(1, len(wanted - told)),
             "words": len(pop.words(text))}
 
 def held_out_answers(run: str) -> Iterator[tuple]:

@@ -2398,7 +2398,8 @@ def test_rejudge(evaluation, tmp_path, capsys):
     for run, last in zip(runs, ("quality 2 calm", "quality 1")):
         steps = []
         for answers in (["quality 1", "quality 2 (cut)"], [], ["quality 2", "nobody"], [last] * 2):
-            held_out = [(task, RUBRIC_ROWS, answers) for task in "ab" if answers]
+            tasks = ("a", "Keep calm") if answers else []    # calm is told there
+            held_out = [(task, RUBRIC_ROWS, answers) for task in tasks]
             steps.append([("train", RUBRIC_ROWS, ["quality 1"]), *held_out])
         write_run(Path(run), steps)
     flags = ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "out")]
@@ -2408,7 +2409,7 @@ def test_rejudge(evaluation, tmp_path, capsys):
     for line in ("24 answers, 4 without a verdict of judge", titles,
                  "| 0 | 0.250 | 0.250 | 0.750 | 0.500 | 0.000 | 2.500 |",    # of 0.5 and 1
                  "| 2 | 0.250 | 1.000 | 1.000 | 1.000 | 0.000 | 1.500 |",    # without nobody's
-                 "| 3 | 0.250 | 0.750 | 0.750 | 1.000 | 0.500 | 2.500 |",    # calm is a gold's word
+                 "| 3 | 0.250 | 0.750 | 0.750 | 1.000 | 0.250 | 2.500 |",    # calm is a gold's word
                  "| change [95%] | +0.000 [+0.000, +0.000] | +0.500 [-2.67"):    # 0.5 - 12.71 / 4
         assert line in printed, line
     evals.main(["rejudge", runs[0], *flags])    # of one run: over its tasks
