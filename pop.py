@@ -462,8 +462,7 @@ def parse_json(text: str, reply_type: TypeAdapter) -> Any:
     text = text[text.find("{"):text.rfind("}") + 1]
     text = re.sub(LATEX, r"\1\\\\", text)
     try:
-        row = json.loads(text, strict=False)    # a text may hold a raw newline
-        return reply_type.validate_python(row)
+        return reply_type.validate_python(json.loads(text, strict=False))    # with raw newlines
     except ValidationError as error:
         raise ParseError(error.errors()[0]["type"]) from None
     except (ValueError, RecursionError):
@@ -510,17 +509,19 @@ def parse_task(text: str, seen: Iterable[str] = ()) -> tuple[str, str]:
 
 def parse_rubric(text: str) -> list[Criterion]:
     """Rubric writer's reply {"criteria": [..]} -> 1 to 5 criteria in the order given.
-    A point counts once: a criterion with the name or most of the gold of an earlier one is left
-    out. Raises ParseError: see parse_json and check_text.
+    A name or gold that was there before is left out, and so is a gold of a worked example.
+    Raises ParseError: see parse_json; needs_document; copied_example, if no criterion is left.
     """
-    examples = [criterion.gold for d in DOMAINS.values() for criterion in d["rubric"]]
-    rubric: list[Criterion] = []
+    golds = [criterion.gold for d in DOMAINS.values() for criterion in d["rubric"]]
+    rubric: dict[str, Criterion] = {}
     for criterion in parse_json(text, TypeAdapter(Rubric)).criteria:
-        check_text(criterion.gold, examples)
-        new_name = criterion.name not in [other.name for other in rubric]
-        if new_name and not is_copy(criterion.gold, [other.gold for other in rubric]):
-            rubric.append(criterion)
-    return rubric
+        check_text(criterion.gold, [])
+        if criterion.name not in rubric and not is_copy(criterion.gold, golds):
+            rubric[criterion.name] = criterion
+            golds.append(criterion.gold)
+    if not rubric:
+        raise ParseError("copied_example")
+    return list(rubric.values())
 
 def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     """Judge's reply -> ratings (K,) in {0, 1, 2} in the order of the rubric; or ParseError."""

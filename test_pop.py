@@ -791,7 +791,8 @@ def test_latex_in_a_reply():
         assert found == (text, "r"), reply
 
 def test_parse_rubric():
-    """A weight that breaks the score, or a point that counts twice."""
+    """A weight that breaks the score, a point that counts twice, or one of the worked example."""
+    copied = pop.DOMAINS["general"]["rubric"][1].model_dump()
     for reply, expected in (
             (rubric_reply(1, 0), "greater_than"),
             (rubric_reply(1, math.nan), "greater_than"),
@@ -799,11 +800,13 @@ def test_parse_rubric():
             (rubric_reply(1, True), "int_type"),
             (rubric_reply(1, name=" "), "too_short"),
             (rubric_reply(1, 2, 3, 4, 5, 6), "too_long"),
-            (rubric_reply(1, gold="Not mentioned in the text."), "needs_document")):
+            (rubric_reply(1, gold="Not mentioned in the text."), "needs_document"),
+            (json.dumps(dict(criteria=[copied] * 2)), "copied_example")):
         assert outcome(pop.parse_rubric, reply) == expected, reply
     for reply, expected in (
             (rubric_reply(3, 0.5, 1000), [("g0", 3), ("g1", 0.5), ("g2", 1000)]),
             (rubric_reply(1, 2, name="same"), [("g0", 1)]),
+            (json.dumps(dict(criteria=[copied, RUBRIC_ROWS[0]])), [("It is red.", 3)]),
             (rubric_reply(1, 2, gold="same"), [("same", 1)])):
         assert [(c.gold, c.weight) for c in pop.parse_rubric(reply)] == expected
 
