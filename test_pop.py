@@ -1787,7 +1787,7 @@ def test_two_ranks_do_what_one_does(make_cfg, tmp_path):
     """Ranks train on other groups, a gradient, a norm or a rank's share of the masters is lost; a
     checkpoint of two ranks does not go on on one, or the other way round."""
     runs = []
-    for rank, budget in ((4, 10_000), (0, 10_000), (4, 400), (0, 1)):
+    for rank, budget in ((0, 10_000), (4, 400)):
         whole = tmp_path / f"{rank}_{budget}"
         flags = dict(docs_per_step=4, task_steps=1, lora_rank=rank, learning_rate=0.01,
                      micro_batch_tokens=budget, save_every=1, eval_every=2, eval_docs=2)
@@ -2464,7 +2464,7 @@ def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.status = [], 200
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        Thread(target=server.serve_forever).start()
+        Thread(target=server.serve_forever, args=(0.01,)).start()    # it looks that often for its end
         yield server
         server.shutdown()
 
@@ -2614,25 +2614,25 @@ def look_at_guided_texts(engine: Engine) -> dict[str, Any]:
                 limited=[len(copy["reference"]) for copy in copies])
 
 def learn(cfg: pop.Config, engine: Engine) -> None:
-    """Two steps of training in the folder run_dir + "_learns"; code gives the scores."""
+    """A run: two steps on a given task, on which code gives the scores, and one on its own."""
     tasks = Path(cfg.run_dir + "_tasks")
     tasks.mkdir()
     row = dict(document="", task="Why does bread rise?", rubric=RUBRIC_ROWS)
     write_lines(tasks / "tasks.jsonl", [dict(row, step=0), dict(row, step=1)])
+    score_answers, pop.Engine = pop.score_answers, lambda cfg: engine
 
     def short_is_good(judge: Any, groups: list[Group], cfg: pop.Config) -> None:
+        if groups[0].task != row["task"]:
+            return score_answers(judge, groups, cfg)
         for c in groups[0].completions:
             c.score = 1 - len(c.token_ids) / 64 if c.answer else 0.0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pop, "score_answers", short_is_good)
-        patch.setattr(engine, "close", lambda: None)    # it is used again, as is its group
-        patch.setattr(pop.dist, "destroy_process_group", lambda: None)
-        pop.main(dataclasses.replace(
-            cfg, tasks=str(tasks), num_steps=2, docs_per_step=1, num_generations=8,
-            max_new_tokens=32, learning_rate=2e-3, run_dir=cfg.run_dir + "_learns"))
+    pop.score_answers = short_is_good
+    pop.main(dataclasses.replace(
+        cfg, tasks=str(tasks), num_steps=3, docs_per_step=1, num_generations=8, max_new_tokens=32,
+        learning_rate=2e-3))
 
 def look(command: str, *flags: str) -> dict[str, Any]:
-    """weights: of the tiny preset with these flags. all: guided texts and two runs, too."""
+    """weights: of the tiny preset with these flags. all: guided texts and a run, too."""
     os.environ.pop("CUDA_VISIBLE_DEVICES")    # this is no test: it may use the GPU and all cores
     torch.set_num_threads(pop.CPU_THREADS)
     cfg = pop.parse_args(["--preset", "tiny", *flags])
@@ -2644,9 +2644,7 @@ def look(command: str, *flags: str) -> dict[str, Any]:
     found["compiled"] = not getattr(model.base_model, "do_not_compile", True)
     if command == "all":
         found |= look_at_guided_texts(engine)
-        pop.Engine = lambda cfg: engine
         learn(cfg, engine)
-        pop.main(cfg)
     return found
 
 @pytest.fixture(scope="session")
@@ -2663,19 +2661,18 @@ def check_weights_found(found: dict[str, Any]) -> None:
 def test_the_real_engine(needs_vllm, tmp_path):
     """What works with a fake engine only; each comment names what it was."""
     run = tmp_path / "run"
-    found = found_by(__file__, "all", "--num_steps", 1, *TINY[3:], "--run_dir", run)
+    found = found_by(__file__, "all", "--run_dir", run)
     # a load leaves old weights behind, does not come back to the base, or nobody would notice
     check_weights_found(found)
     # case 0: each text ends at its first quote, without a word; or its limit is gone
     assert found["copied"] and 0 < min(found["limited"]) <= max(found["limited"]) <= 12
     # rollouts, advantages, loss and load do their part, but the policy does not follow the reward
-    before, after = read_lines(tmp_path / "run_learns" / "metrics.jsonl")
+    before, after, own = read_lines(run / "metrics.jsonl")
     assert after["reward_mean"] > before["reward_mean"] + 0.1 and after["engine_gap"] < 1e-3
-    # the tiny preset: engine and trainer disagree, no answer ends, the adapters stay at 0
-    [metrics] = read_lines(run / "metrics.jsonl")
-    assert metrics["engine_gap"] < 1e-3 and metrics["finished"] > 0.2 and metrics["groups_kept"]
-    assert 0 < metrics["reward_mean"] < 1 and 0 < metrics["grad_norm"] < math.inf
-    adapter = load_file(run / "checkpoints" / "step_000001" / "adapter_model.safetensors")
+    # its own task: engine and trainer disagree, no answer ends, the adapters stay at 0
+    assert own["engine_gap"] < 1e-3 and own["finished"] > 0.2 and own["groups_kept"] == 1
+    assert -1 < own["reward_mean"] < 1 and 0 < own["grad_norm"] < math.inf
+    adapter = load_file(run / "checkpoints" / "step_000003" / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 @slow

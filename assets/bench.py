@@ -467,7 +467,7 @@ def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path, domain
 
 def test_learning_table(tmp_path, capsys):
     """The table takes another column, the last measure for the first, does not take the length off, takes the control
-    from itself, or the best answer is another measure's or of the trained ones.
+    from itself; or the gate's pick is another measure's, or of the trained answers.
     """
     from assets import learning
     columns = ["step", "task", "own judge", "this judge", "finished or not", "finished", "golds' words", "words"]
@@ -475,23 +475,24 @@ def test_learning_table(tmp_path, capsys):
         [0, 0, 0.1, 0, 0.50, 1, 0.1, 10], [0, 0, 0.1, 0, 0.60, 1, 0.1, 20],
         [0, 1, 0.3, 0, 0.30, 1, 0.1, 10], [0, 1, 0.3, 0, 0.40, 1, 0.1, 20],
         [5, 0, 0.4, 0, 0.75, 1, 0.2, 30], [5, 1, 0.4, 0, 0.55, 1, 0.2, 30]]
-    file = tmp_path / "policy_0.json"
-    file.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=answers)))
-    learning.table(dict(policy=[str(file)]))
-    printed, half = capsys.readouterr().out, 12.71 * np.std([0.3, 0.1], ddof=1) / 2 ** 0.5
-    assert f"| own judge | 0.200 | 0.400 | +0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}] |" in printed
-    assert "| second judge | 0.450 | 0.650 | +0.200 [+0.200, +0.200] |" in printed
-    assert "| words | 15.000 | 30.000 | +15.000" in printed
-    assert "| second, equal length | 0.300 | 0.350 | +0.050 [+0.050, +0.050] | - |" in printed
+    file, control = tmp_path / "policy_0.json", tmp_path / "shuffled_0.json"
     untrained = [[5, *row[1:]] for row in answers[:4]]
-    control = tmp_path / "policy+shuffled_0.json"
-    control.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=answers[:4] + untrained)))
-    learning.table({"policy": [str(file)] * 2, "policy+shuffled": [str(control)] * 2})
-    gap = f"+0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}] | [+0.200, +0.200]"
-    assert f"| policy less its control | 2 | own judge |  |  | {gap} |" in capsys.readouterr().out
-    learning.agreement(str(file))
-    cells = "+0.000 [+0.000, +0.000] | +0.050 [+0.050, +0.050] | +0.000 [+0.000, +0.000] | +5.000 [+5.000, +5.000]"
-    assert f"| words | {cells} |" in capsys.readouterr().out
+    for path, rows in ((file, answers), (control, answers[:4] + untrained)):
+        path.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=rows)))
+    learning.table(dict(policy=[str(file)] * 2, shuffled=[str(control)] * 2))
+    printed, half = capsys.readouterr().out, 12.71 * np.std([0.3, 0.1], ddof=1) / 2 ** 0.5
+    change = f"+0.200 ± {half:.3f}"
+    assert f"| policy, 5 steps | judge that trains | 0.200 | 0.400 | {change} | +0.200 ± 0.000 |" in printed
+    assert "| other judge | 0.450 | 0.650 | +0.200 ± 0.000 |" in printed
+    assert "| words | 15.000 | 30.000 | +15.000" in printed
+    assert "| other judge, equal length | 0.300 | 0.350 | +0.050 ± 0.000 |" in printed
+    assert f"| policy less shuffled | judge that trains |  |  | {change} | - |" in printed
+    answers[1][2] = answers[3][2] = 0.5    # the second answer to each task is the judge's pick
+    file.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=answers)))
+    learning.gate(str(file))
+    printed = capsys.readouterr().out
+    assert "| other judge | +0.050 ± 0.000 | +1.000 ± 0.000 |" in printed
+    assert "| words | +5.000 ± 0.000 | +1.000 ± 0.000 |" in printed
 
 
 def test_report_in_a_browser(tmp_path):

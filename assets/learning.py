@@ -119,7 +119,7 @@ def gate(file):
         for _, task in tasks:
             task = task.dropna(subset=["own judge", name])
             worth.append(task[name][task["own judge"].idxmax()] - task[name].mean())
-            correlations.append(task["own judge"].corr(task[name], method="spearman"))    # NaN: one is constant
+            correlations.append(task["own judge"].rank().corr(task[name].rank()))    # Spearman's; NaN: all equal
         correlations = np.array(correlations)
         rows.append([title, cell(worth), cell(correlations[~np.isnan(correlations)])])
     print_table(["by", "best of a task less the mean", "rank correlation with the training judge"], rows)
