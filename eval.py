@@ -576,8 +576,8 @@ def judge_answers(cfg: EvalConfig, units: list[tuple], reply: type[Reply] | None
         else:
             questions = [ask(item, answer, reply) for item, answer in units]
             requests = list(chain(*questions))
-            replies = iter(pop.ask(judge, "judge", requests))
-            verdicts = [[next(replies) for _ in asked] for asked in questions]
+            pop.ask(judge, "judge", requests)
+            verdicts = [[request.result for request in asked] for asked in questions]
             verdicts = [None if None in found else found for found in verdicts]
             failures = list(chain(*[request.failures for request in requests]))
     if failures:

@@ -841,8 +841,9 @@ class Request:
     seed: int = 0
     schema: dict | None = None       # guides decoding: the reply is JSON of this schema
     yes_no: bool = False             # one token, and engine_logprobs are those of Yes and No
-    parse: Callable | None = None  # of the text (or those log-probs), see ask
-    failures: list[str] = field(default_factory=list)    # ask notes why a reply cannot be used
+    parse: Callable | None = None    # reads the reply's text, or those log-probs; see ask
+    result: Any = None               # what parse made of it
+    failures: list[str] = field(default_factory=list)    # why a reply cannot be used
 
 def repack_tied_head(model: nn.Module) -> None:
     """For load_weights: vLLM on CPU keeps packed weights, and a tied lm_head's would be the old."""
@@ -1036,31 +1037,28 @@ def request_seed(cfg: Config, role: str, *parts: Any) -> int:
     """Seed of one request: depends on these alone, not on what else is in the batch."""
     return random.Random(f"{cfg.seed} {role} {parts}").getrandbits(31)
 
-def ask(model: Any, role: str, requests: list[Request]) -> list:
-    """What `parse` makes of the reply to each request; None where it failed, also when asked again.
+def ask(model: Any, role: str, requests: list[Request]) -> None:
+    """Fill in `result` of each request; it stays None where the reply failed, also when asked again.
     model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
-    results: list = [None] * len(requests)
-    pending, unusable = range(len(requests)), ""
+    pending, unusable = requests, ""
     for attempt in range(3):
         least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
-        asked = [replace(requests[i], seed=requests[i].seed + attempt,
-                         temperature=max(requests[i].temperature, least)) for i in pending]
-        for i, reply in zip(pending, model.generate(asked, role), strict=True):
-            request = requests[i]
+        asked = [replace(request, seed=request.seed + attempt,
+                         temperature=max(request.temperature, least)) for request in pending]
+        for request, reply in zip(pending, model.generate(asked, role), strict=True):
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
                 read = reply.engine_logprobs if request.yes_no else reply.text
-                results[i] = request.parse(read)
+                request.result = request.parse(read)
             except ParseError as error:
                 request.failures.append(f"{role}/{error}")
                 unusable = f"{error}: {reply.text[:300]!r}"
         # No second try for Yes or No, because their log-probs depend on the temperature.
-        pending = [i for i in pending if results[i] is None and not requests[i].yes_no]
-    if role == "judge" and unusable and results.count(None) == len(results):
+        pending = [request for request in pending if request.result is None and not request.yes_no]
+    if role == "judge" and unusable and all(request.result is None for request in requests):
         fail(f"the judge gave no verdict that can be used; its last reply: {unusable}")
-    return results
 
 def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[str]) -> None:
     """Proposer: fills in task and reference, or drop_reason. seen: the tasks so far; new ones are
@@ -1076,11 +1074,12 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
             proposer_prompt(group.document, cfg), max_tokens=300,
             schema=Task.model_json_schema(), temperature=cfg.task_temperature, parse=parse,
             seed=request_seed(cfg, "proposer", group.step, group.row), failures=group.failures))
-    for group, result in zip(groups, ask(engine, "proposer", requests), strict=True):
-        if result is None:
+    ask(engine, "proposer", requests)
+    for group, request in zip(groups, requests, strict=True):
+        if request.result is None:
             group.drop_reason = group.failures[-1]
         else:
-            group.task, group.reference = result
+            group.task, group.reference = request.result
             if cfg.domain == "writing" and cfg.answer_form == "tagged":
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
@@ -1101,11 +1100,12 @@ def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
         requests.append(Request(
             rubric_prompt(group, pick_candidates(group, cfg), cfg), max_tokens=600,
             schema=Rubric.model_json_schema(), parse=parse_rubric, failures=group.failures))
-    for group, rubric in zip(groups, ask(engine, "rubric", requests), strict=True):
-        if rubric is None:
+    ask(engine, "rubric", requests)
+    for group, request in zip(groups, requests, strict=True):
+        if request.result is None:
             group.drop_reason = group.failures[-1]
         else:
-            group.rubric = rubric
+            group.rubric = request.result
 
 def read_tasks(folder: Path) -> list[Group]:
     """The groups of all task files in a folder. Exits with one line if a line is not a group."""
@@ -1209,10 +1209,10 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
             golds = [criterion.gold for criterion in rubric] + decoys
             requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
                                      parse=parse_yes_no, failures=noted) for gold in golds])
-    results = iter(ask(judge, "judge", list(chain(*requests))))
+    ask(judge, "judge", list(chain(*requests)))
     ratings = []
     for (_, rubric, _), asked in zip(answers, requests, strict=True):
-        parts = list(islice(results, len(asked)))    # ratings from each reply, or None
+        parts = [request.result for request in asked]    # ratings from each reply, or None
         found = [] if None in parts else list(chain(*parts))
         level = fmean(found[len(rubric):] or [0.0])    # of decoys; pointwise has none
         ratings.append([rating - level for rating in found[:len(rubric)]] or None)
