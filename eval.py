@@ -477,7 +477,7 @@ def start_engine(settings: pop.Config, model: str) -> None:
     ENGINE = pop.Engine(settings)
     if settings.lora_rank > 0:
         ENGINE.sleep()
-        with ENGINE.building():
+        with ENGINE.vllm_context():
             policy = pop.load_policy(settings)
         for name, tensor in load_file(Path(model, "adapter_model.safetensors")).items():
             name = name.removeprefix("base_model.model.").removesuffix(".weight")

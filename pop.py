@@ -12,7 +12,7 @@ pi_0 is the base model, pi_theta the policy. A criterion's gold is what the best
 point, taken from the document. So the document makes judging easier than answering: that gap is the
 fuel. (The paper's "verifier" is rubric writer and judge together.)
 
-    score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
+    score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    at most 1        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
                logprob_it = log pi_theta(token t of y_i | x, the tokens before it), N a constant
@@ -119,7 +119,7 @@ class Config:
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)")
     task_temperature: float = flag(1.0, "of tasks; small models need a lower one")
     answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: P(Yes) to each gold")
+    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: uses P(Yes), see rate")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
     rubric_candidates: int = flag(0, "about how many answers the rubric writer sees")
@@ -165,20 +165,20 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
     if chosen.preset == "paper" and chosen.domain == "writing":
-        parser.set_defaults(num_steps=512, rubric_candidates=4)
+        parser.set_defaults(num_steps=512, rubric_candidates=4)    # as published, too
     cfg = Config(**vars(parser.parse_args(argv)))
-    if min(cfg.num_generations, cfg.eval_docs) < 2 or cfg.temperature <= 0:
+    cfg.eval_docs = cfg.eval_docs if cfg.eval_every else 0
+    if cfg.num_generations < 2 or cfg.eval_every and cfg.eval_docs < 2 or cfg.temperature <= 0:
         fail("--num_generations and --eval_docs must be at least 2, --temperature above 0")
     if min(cfg.num_steps, cfg.docs_per_step, cfg.task_steps, cfg.save_every) < 1:
         fail("--num_steps, --docs_per_step, --task_steps and --save_every must be at least 1")
     if (cfg.judge_url is None) != (cfg.judge_model is None):
         fail("--judge_url and --judge_model: one needs the other")
-    cfg.eval_docs = cfg.eval_docs if cfg.eval_every else 0
     if cfg.learning_rate is None:
         cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
-    if cfg.dtype == "auto" and torch.cuda.is_available():
+    if cfg.dtype == "auto" and torch.cuda.is_available():    # without a GPU check_run refuses it
         cfg.dtype = "bfloat16"
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
     return cfg
@@ -196,11 +196,11 @@ END = ".!?。！？।؟"
 NO_END = rf"(?:\.[^\s{END}\"”’)]|(?:[A-Z][a-z]{{0,3}}|\.[a-z])\.\s)"
 SENTENCE = rf"[^{END}]*(?:{NO_END}[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
 
-def guided(**rule: Any) -> Any:
+def guided(**rule: Any) -> Any:    # the rule guides decoding only; pydantic does not check it
     return Annotated[str, AfterValidator(clean_text), Field(min_length=1, json_schema_extra=rule)]
 
 def sentences(most: int) -> Any:
-    """A text of 1 to `most` whole sentences. It cannot break off, nor go round in circles long."""
+    """A text of 1 to `most` whole sentences: the guide lets it end only behind a full stop."""
     return guided(pattern=f"^(?:{SENTENCE}){{1,{most}}}$")
 
 class Reply(BaseModel):
@@ -237,9 +237,9 @@ class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
     token_ids: list[int]    # EOS included
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; but see yes_no
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; Request.yes_no
     text: str = ""
-    finish_reason: str = ""               # stop, length (cut off), too_long; endpoint: failed
+    finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" where the model did not finish
     ratings: list[float] | None = None    # one for each criterion, see rate; None: no verdict
     score: float | None = None            # at most 1; None: left out of the group
@@ -264,13 +264,13 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)
-GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # to and from JSON
+GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # JSON; pairs of DPO
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
 
 # ---- 4. prompts ----
-def entry(name: str, gold: str, description: str, weight: int) -> Criterion:
+def entry(name: str, gold: str, description: str, weight: int) -> Criterion:    # by position
     return Criterion(name=name, gold=gold, description=description, weight=weight)
 
 # What the proposer is to write (assignment), and a worked example for all roles but the solver.
@@ -302,13 +302,13 @@ DOMAINS = {
 }
 DOMAINS["health"] = DOMAINS["general"] | dict(
     assignment="one question of a patient or carer that names the health problem")
-# The judge's example is the general one in all domains: what it says of an answer partly wrong.
+# The judge's example, in all domains: its reply to the general domain's answer, partly wrong.
 JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 Messages = list[dict[str, str]]
-# What a text must not hold: our tags, and common special tokens such as <|im_end|>, </s>, [INST] (a
-# judge behind a URL has another tokenizer than the engine). \uff5c is DeepSeek's wide bar.
+# Brackets that open what a text must not hold: our tags and common special tokens (a judge behind
+# a URL has another tokenizer) such as <|im_end|>, </s>, [INST]. \uff5c is DeepSeek's wide bar.
 OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
 SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
 
@@ -322,13 +322,13 @@ def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric(criteria=rubric).model_dump_json()
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # any number, if by hand
 
-def chat(instruction: str, reply: str, domain: dict, texts: dict[str, str]) -> Messages:
-    """A worked example, then the real turn. No system message: some chat templates have none."""
+def chat(instruction: str, example_reply: str, domain: dict, texts: dict[str, str]) -> Messages:
+    """Example (tags are keys of domain) and real turn. Some templates know no system message."""
     example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=domain["answer"])
     shown = {tag: example[tag] for tag, text in texts.items() if text}
-    return [user_turn(instruction, shown), dict(role="assistant", content=reply),
+    return [user_turn(instruction, shown), dict(role="assistant", content=example_reply),
             user_turn(instruction, texts)]
 
 def proposer_prompt(document: str, cfg: Config) -> Messages:
@@ -391,7 +391,7 @@ def cut_words(text: str, count: int) -> str:
 
 def read_rows(path: Path) -> Iterator[dict]:
     """Rows of a file, or of all in a folder but hidden ones. Exits if one cannot be read."""
-    names = sorted(glob("**/*", root_dir=path, recursive=True))    # brackets in path are no pattern
+    names = sorted(glob("**/*", root_dir=path, recursive=True))    # brackets in path are no glob
     for file in filter(Path.is_file, [path, *(path / name for name in names)]):
         number = 0
         try:
@@ -423,8 +423,8 @@ def load_corpus(cfg: Config) -> list[str]:
         rows = load_dataset(name, revision=revision, split="train", streaming=True)
     rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
     first = list(islice(rows, 1000))    # shuffled, so no bad stretch decides the column
-    columns = {name for row in first for name, value in row.items() if isinstance(value, str)}
-    column = next((name for name in TEXT_COLUMNS if name in columns), None)
+    columns = {key for row in first for key, value in row.items() if isinstance(value, str)}
+    column = next((key for key in TEXT_COLUMNS if key in columns), None)
     if column is None:
         fail(f"corpus {name}: has texts in columns {columns or None}, needs one of {TEXT_COLUMNS}")
     wanted = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step
@@ -451,8 +451,8 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
-# Models write LaTeX with one backslash, and JSON reads control characters in \frac, \beta, \rho.
-LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq|u\b))"
+# \frac, \beta or \nabla with one backslash would be control characters in JSON: it gets another.
+LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
     """The JSON object in a reply as a pydantic type; ``` may be around it.
@@ -565,8 +565,8 @@ def set_advantages(group: Group, cfg: Config) -> None:
         completion.advantage = advantage
 
 def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
-    """What stays together in a micro-batch: each scored answer, or for DPO the pair [best, worst].
-    As in the paper, a pair's texts differ by at most 100 words.
+    """Sets advantages, may drop the group. Returns what stays together in a micro-batch: a scored
+    answer, or for DPO the pair [best, worst], whose texts differ by at most 100 words (paper).
     """
     set_advantages(group, cfg)
     if group.drop_reason:
@@ -634,7 +634,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """A block in which the model holds a state, and its own tensors where that has none."""
+    """The model holds `state` in this block, then its own tensors again; {} changes nothing."""
     own = trained_state(model) if state else {}
     model.load_state_dict(state, strict=False)
     yield
@@ -668,7 +668,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # a head trained in bf16 sums its gradient over them in bf16: 1 to 2% noise
+    parts = []    # each adds to a trained bf16 head's gradient in bf16: 1 to 2% noise
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -713,7 +713,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
                       dpo_accuracy=((margin > 0).sum().item(), len(margin)))
 
 def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
-    """A micro-batch (B, T), padded right. Masks come from lengths: EOS is trained even as pad."""
+    """A micro-batch (B, T), padded right. Masks come from lengths: EOS may be the pad token."""
     def pad(rows: list[list]) -> Tensor:    # (B, T)
         tensors = [torch.tensor(row, device=device) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -806,7 +806,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
             dist.all_reduce(p.main_grad)
     grad_norm = nn.utils.get_total_norm([p.main_grad for p in parameters.values()]).item()
     if math.isfinite(grad_norm):    # else there is no step
-        scale = min(1.0, 1.0 / (grad_norm + 1e-6))    # a safety net: --loss pg stays far below
+        scale = min(1.0, 1.0 / (grad_norm + 1e-6))    # a safety net: pg divides by a large N
         for name, master in optimizer.masters.items():
             master.grad = parameters[name].main_grad.mul_(scale).to(master.device)
         optimizer.step()
@@ -824,8 +824,8 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.learning_rate * warm_up * decay
 
 # ---- 11. engine ----
-# For models without a chat template. Assistant turns end with EOS, which teaches where to stop. The
-# last header is an expression because jinja cuts a newline at the end.
+# For models without a chat template. EOS after assistant turns teaches where to stop. The last
+# header stands in {{ }} because jinja cuts a plain newline at the end of a template.
 PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
                   "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
                   "{{ (eos_token if m['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
@@ -846,7 +846,7 @@ class Request:
     failures: list[str] = field(default_factory=list)    # why a reply cannot be used
 
 def repack_tied_head(model: nn.Module) -> None:
-    """For load_weights: vLLM on CPU keeps packed weights, and a tied lm_head's would be the old."""
+    """For load_weights: vLLM on CPU packs weights, and does not pack a tied lm_head's new ones."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -895,12 +895,12 @@ class Engine:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if "kiwano" not in text or "salak" not in text:
             fail(f"model {self.cfg.model}: its chat template leaves out the text of a message")
-        # The token after the reply ends a turn: in a base model often another than EOS.
+        # The token after the reply (salak) ends a turn: in a base model often another than EOS.
         end = text.rpartition("salak")[2].strip()
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids. A space breaks up this model's special tokens in a text: it ends no turn."""
+        """Prompt ids. A space goes into special tokens in a text, so that no text ends its turn."""
         messages = deepcopy(messages)
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
@@ -909,8 +909,8 @@ class Engine:
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
 
-    def building(self) -> AbstractContextManager:
-        """Context for load_policy: vLLM may have patched the class, which then asks for this."""
+    def vllm_context(self) -> AbstractContextManager:
+        """For load_policy: a model class that vLLM patched can be built in this context only."""
         from vllm.config import CompilationConfig, set_current_vllm_config
         config = copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
@@ -923,7 +923,7 @@ class Engine:
         return [completion for part in parts for completion in part]
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
-        """`generate` on this rank; what does not fit is too_long. role: for stand-ins in tests."""
+        """`generate` on this rank; what does not fit is too_long. Only stand-ins read role."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, params = [], [], []
@@ -968,7 +968,7 @@ class Engine:
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """RuntimeError if engine and trainer differ beyond rounding on 16 tokens. Sets gap."""
+        """RuntimeError if engine and trainer differ beyond rounding on 16 tokens. Keeps the gap."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature)
         batch = collate(self.sample([request], "probe"), model.device)
@@ -1007,7 +1007,7 @@ class Endpoint:
             return gather(list(pool.map(self.complete, requests if RANK == 0 else [])))[0]
 
     def complete(self, request: Request) -> Completion:
-        """What fails 5 times has finish_reason "endpoint"; its text is what the server said."""
+        """An error (retried where that may help) has finish_reason "endpoint" and its text."""
         options = dict(logprobs=True, top_logprobs=20) if request.yes_no else {}
         if request.schema:
             schema = dict(name="reply", schema=request.schema)
@@ -1016,8 +1016,8 @@ class Endpoint:
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=request.messages, temperature=request.temperature,
-                seed=request.seed, max_completion_tokens=max(16, request.max_tokens),
-                **options)    # some servers refuse fewer than 16 tokens
+                seed=request.seed, **options,    # some servers refuse fewer than 16 tokens
+                max_completion_tokens=max(16, request.max_tokens))
             choice = response.choices[0]
             text, reason, logprobs = choice.message.content or "", choice.finish_reason, []
             if request.yes_no:
@@ -1025,7 +1025,7 @@ class Endpoint:
                 for likely in choice.logprobs.content[0].top_logprobs:
                     shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
                 # A sure judge's other word is not among the 20: it has what is left.
-                left = max(1e-9, 1 - shares.total() if shares["Yes"] + shares["No"] else 0)
+                left = max(1e-9, 1 - shares.total()) if shares["Yes"] + shares["No"] else 1e-9
                 reason, logprobs = "stop", [math.log(shares[word] or left) for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
             response = getattr(error, "body", None) or response
@@ -1038,11 +1038,11 @@ def request_seed(cfg: Config, role: str, *parts: Any) -> int:
     return random.Random(f"{cfg.seed} {role} {parts}").getrandbits(31)
 
 def ask(model: Any, role: str, requests: list[Request]) -> None:
-    """Fill in `result` of each request; it stays None where the reply failed, also when asked again.
+    """Fill in `result` of each request; None where the reply failed, also when asked again.
     model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    for attempt in range(3):
+    for attempt in range(3):    # ranks call generate together, so also with no requests
         least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
         asked = [replace(request, seed=request.seed + attempt,
                          temperature=max(request.temperature, least)) for request in pending]
@@ -1084,7 +1084,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """About --rubric_candidates answers; as in the paper, evenly over their lengths."""
+    """Of n answers every (n // --rubric_candidates)th, shortest first (paper): of 19 for 10 all."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
     picked = [cut_words(text, 2048) for text in answers[::stride]] if cfg.rubric_candidates else []
@@ -1116,13 +1116,13 @@ def read_tasks(folder: Path) -> list[Group]:
                 groups.append(GROUP.validate_json(line))
             except ValidationError as error:
                 fail(f"{path} line {number}: {' '.join(str(error).split())}")
+            if not groups[-1].task and not groups[-1].drop_reason:
+                fail(f"{path} line {number}: has no task")
     return groups
 
 def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
                   cfg: Config) -> list[Group]:
-    """The groups of one step, or of HELD_OUT, from the files in run_dir/tasks. If there are none,
-    those of --task_steps steps are written: twelve in a call take hardly longer than four.
-    """
+    """A step's groups from run_dir/tasks. If missing, --task_steps steps are written in a call."""
     folder = Path(cfg.run_dir) / "tasks"
     known = read_tasks(folder)
     known_steps = {group.step for group in known}
@@ -1140,9 +1140,9 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
             write_rubrics(engine, groups, cfg)
         if RANK == 0:
             path, part = folder / f"{name}.jsonl", folder / f"{name}.part"
-            lines = [GROUP.dump_json(group, exclude={"completions"}) + b"\n" for group in groups]
-            before = path.read_bytes() if path.exists() else b""    # someone took lines out of it
-            part.write_bytes(before + b"".join(lines))
+            lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
+            before = path.read_bytes().splitlines() if path.exists() else []    # edited by hand
+            part.write_bytes(b"\n".join([*before, *lines, b""]))
             part.rename(path)    # complete or absent
         gather(None)    # no rank goes on before the file is there
         known = read_tasks(folder)
@@ -1163,8 +1163,8 @@ def read_answer(completion: Completion, cfg: Config) -> str:
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged, as in the paper: while at most a quarter of that number have closed their tags, as many
-    are sampled again, in up to five rounds. The first that have closed them are kept.
+    Tagged, as in the paper: while at most a quarter of that number have closed their tags, all are
+    sampled once more, in up to five rounds. The first that have closed them are kept.
     """
     for group in kept(groups):
         group.completions = []
@@ -1214,13 +1214,13 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
     for (_, rubric, _), asked in zip(answers, requests, strict=True):
         parts = [request.result for request in asked]    # ratings from each reply, or None
         found = [] if None in parts else list(chain(*parts))
-        level = fmean(found[len(rubric):] or [0.0])    # of decoys; pointwise has none
-        ratings.append([rating - level for rating in found[:len(rubric)]] or None)
+        decoy_mean = fmean(found[len(rubric):] or [0.0])    # pointwise has no decoys
+        ratings.append([rating - decoy_mean for rating in found[:len(rubric)]] or None)
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of every answer of kept groups, in place of earlier ones.
-    A plain answer that is cut off gets ratings 0 and the lowest score of its group: a score of 0
+    A plain answer that is cut off (or empty) gets the lowest score of its group: a score of 0
     taught a 0.5B model to say little, to leave it out taught it to run on (assets/learning.md). A
     tagged one is left out, as in the paper; so is an answer without a readable verdict.
     """
@@ -1235,7 +1235,7 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
         scores = [c.score for c in group.completions if c.answer and c.score is not None]
         for completion in group.completions:
             if not completion.answer:
-                completion.ratings = [0.0] * len(group.rubric)
+                completion.ratings = [0.0] * len(group.rubric)    # eval.py counts these
                 completion.score = min(scores, default=0.0)
 
 # ---- 13. log and checkpoints ----
@@ -1250,7 +1250,7 @@ def clock(metrics: dict, phase: str) -> Iterator[None]:
     metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
 def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
-    """What rollouts say: rewards, lengths, speed, and why replies and groups were dropped."""
+    """Rewards, lengths, tokens by the whole step's seconds; why replies and groups were dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
         metrics.update(f"parse_fail/{failure}" for failure in group.failures)
@@ -1285,7 +1285,7 @@ def update_metrics(parts: list[Metrics]) -> dict[str, float]:
 
 def memory_gb() -> float:
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()    # PyTorch caches: near the update's peak
+        free, total = torch.cuda.mem_get_info()    # now, but PyTorch keeps what the update used
         return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
 
@@ -1306,7 +1306,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)    # vLLM takes all tensors beside config.json
+        (part / "trainer").mkdir(parents=True)    # apart: vLLM loads all tensor files in part
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
@@ -1346,7 +1346,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     return int(folder.name[-6:])
 
 # ---- 14. main ----
-# Settings that a resumed run may change.
+# Settings that a resumed run may change (the default of warmup_steps follows num_steps).
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "save_every", "judge_url",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization"}
 # Config fields of quantized weights, of experts (vLLM names them otherwise), of scaled logits.
@@ -1370,7 +1370,7 @@ def check_run(cfg: Config) -> None:
     run_dir, before = Path(cfg.run_dir), {}    # the settings of the run that the folder holds
     if cfg.dtype == "auto":
         fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
-    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # see start_run
+    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # no model's folder
         before = json.loads((run_dir / "config.json").read_text())
     if before and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
@@ -1399,7 +1399,7 @@ def start_run(cfg: Config, first_step: int) -> None:
 
 def measure(engine: Engine, judge: Any, model: nn.Module, held_out: list[Group], cfg: Config,
             metrics: dict) -> list[Group]:
-    """The policy answers held-out tasks, with the same seeds each time."""
+    """The policy answers held-out tasks, with the same seeds each time. Adds to metrics."""
     with clock(metrics, "eval"):
         groups = deepcopy(held_out)
         engine.load_weights(model, "policy")
@@ -1427,7 +1427,7 @@ def main(cfg: Config) -> None:
         rate(judge, [(example["task"], example["rubric"], example["answer"])], cfg)
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
-    with engine.building():
+    with engine.vllm_context():
         model = load_policy(cfg)
     optimizer = make_optimizer(model, cfg)
     engine.load_weights(model, "base")    # and compare engine and trainer
@@ -1485,7 +1485,7 @@ def main(cfg: Config) -> None:
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
         metrics["peak_memory_gb"] = memory_gb()
         log_step(run_dir, metrics, groups + measured, cfg)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # its line is logged
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # after log_step
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
         metrics = dict(step=cfg.num_steps)

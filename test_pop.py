@@ -68,7 +68,7 @@ class FakeEngine(Engine):
     say(request, role) may set a reply: a text, a Completion, or None for the usual one.
     """
     say = staticmethod(lambda request, role: None)
-    building = nullcontext
+    vllm_context = nullcontext
 
     def __init__(self, cfg: Any, say: Any = None) -> None:
         self.cfg = cfg
@@ -509,6 +509,8 @@ def test_worked_examples(make_cfg, monkeypatch):
             assert [message["role"] for message in chat] == ["user", "assistant", "user"]
             shown, _, real = [re.findall(r"</?\w+>", message["content"]) for message in chat]
             assert shown == real != []
+        six = [RUBRIC[0].model_copy(update=dict(name=name)) for name in "abcdef"]    # by hand
+        assert '"name":"f"' in pop.judge_prompt("t", six, "a")[-1]["content"]
         task, rubric, verdict = [chat[1]["content"] for chat in chats]
         assert outcome(pop.parse_task, task) == "copied_example"
         assert outcome(pop.parse_rubric, rubric) == "copied_example"
@@ -786,7 +788,8 @@ def test_latex_in_a_reply():
     for reply, text in (
             (r"$\frac{1}{2} \beta \rho \theta \times$", r"$\frac{1}{2} \beta \rho \theta \times$"),
             (r"$\\frac{1}{2} \\\\ \nabla \nu$", r"$\frac{1}{2} \\ \nabla \nu$"),
-            (r"one\r\ntwo\tthree \"four\" \u00e9", "one \ntwo\tthree \"four\" \u00e9")):
+            (r"one\r\ntwo\tthree \"four\" \u00e9", "one \ntwo\tthree \"four\" \u00e9"),
+            (r"Bring:\nequipment \neq", "Bring:\nequipment " + r"\neq")):
         found = pop.parse_task('{"task": "%s", "reference": "r"}' % reply)
         assert found == (text, "r"), reply
 
@@ -1183,6 +1186,7 @@ def test_edited_tasks_are_honoured(make_cfg, capsys):
     rows[1] |= dict(task="My own question?", drop_reason="looks wrong")
     rows[4]["rubric"][0]["weight"] = 0.5
     write_lines(file, [rows[0], rows[1], *rows[4:]])    # nothing of step 1
+    file.write_bytes(file.read_bytes().rstrip())
     steps = [pop.tasks_of_step(engine, None, corpus, step, cfg) for step in range(3)]
     [_, mine] = steps[0]
     assert (mine.task, mine.drop_reason) == ("My own question?", "looks wrong")
@@ -1191,7 +1195,7 @@ def test_edited_tasks_are_honoured(make_cfg, capsys):
     assert engine.calls.count("base") == 2
     good = json.dumps(rows[0])
     for bad in (good[:-9], "", good.replace('"weight": 3', '"weight": -3'),
-                good.replace('"task"', '"tsak"'),
+                good.replace('"task"', '"tsak"'), json.dumps(dict(document="d", step=0)),
                 good.replace('"tone"', '"facts "')):    # case 18: one verdict for two criteria
         file.write_text(f"{good}\n{bad}\n{good}\n", encoding="utf-8")
         line = fails(capsys, pop.tasks_of_step, engine, None, corpus, 0, cfg)
@@ -2466,7 +2470,7 @@ def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.status = [], 200
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        Thread(target=server.serve_forever, args=(0.01,)).start()    # it looks that often for its end
+        Thread(target=server.serve_forever, args=(0.01,)).start()    # seconds until it sees its end
         yield server
         server.shutdown()
 
@@ -2640,7 +2644,7 @@ def look(command: str, *flags: str) -> dict[str, Any]:
     cfg = pop.parse_args(["--preset", "tiny", *flags])
     cfg.model = pop.find_model(cfg.model)
     engine = Engine(cfg)
-    with engine.building():
+    with engine.vllm_context():
         model = pop.load_policy(cfg)
     found = look_at_weights(cfg, engine, model)
     found["compiled"] = not getattr(model.base_model, "do_not_compile", True)
