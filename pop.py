@@ -20,8 +20,8 @@ fuel. (The paper's "verifier" is rubric writer and judge together.)
 
 Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), no clip against an
 older policy (a batch is used once; ratio_cap is there for vLLM's rounding), no division by the
-group's std or the answer's length (both bias the gradient), and no KL term (README adds one). The
-paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
+group's std or the answer's length (both bias the gradient), and no KL term (edits.md adds one).
+The paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
     python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
