@@ -168,7 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         parser.set_defaults(num_steps=512, rubric_candidates=4)    # as published, too
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.eval_docs = cfg.eval_docs if cfg.eval_every else 0
-    if cfg.num_generations < 2 or cfg.eval_every and cfg.eval_docs < 2 or cfg.temperature <= 0:
+    if cfg.num_generations < 2 or (cfg.eval_every and cfg.eval_docs < 2) or cfg.temperature <= 0:
         fail("--num_generations and --eval_docs must be at least 2, --temperature above 0")
     if min(cfg.num_steps, cfg.docs_per_step, cfg.task_steps, cfg.save_every) < 1:
         fail("--num_steps, --docs_per_step, --task_steps and --save_every must be at least 1")
