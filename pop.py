@@ -20,7 +20,7 @@ fuel. (The paper's "verifier" is rubric writer and judge together.)
 
 Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), no clip against an
 older policy (a batch is used once; ratio_cap is there for vLLM's rounding), no division by the
-group's std or the answer's length (both bias the gradient), and no KL term (edits.md adds one).
+group's std or the answer's length (both bias the gradient), no KL term (assets/edits.md adds one).
 The paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
@@ -118,11 +118,11 @@ class Config:
     # sampling and judging
     temperature: float = flag(1.0, "of answers; training uses the same one (paper)")
     task_temperature: float = flag(1.0, "of tasks; small models need a lower one")
-    answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then tags (paper)")
+    answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then <answer> (paper)")
     scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: uses P(Yes), see rate")
     judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
     judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
-    rubric_candidates: int = flag(0, "about how many answers the rubric writer sees")
+    rubric_candidates: int = flag(0, "answers the rubric writer sees, see pick_candidates")
     # update
     loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
     advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
@@ -161,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Command line -> Config. Exits with one line on values that cannot work together."""
     parser = HfArgumentParser(Config, usage="python pop.py [--flag value ...]", allow_abbrev=False)
     parser.error = fail    # one line, not all flags again
-    # A first look finds the preset. What it sets become defaults, so that other flags win.
+    # A first look finds the preset. Its values become the defaults, so that other flags win.
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
     if chosen.preset == "paper" and chosen.domain == "writing":
@@ -191,12 +191,12 @@ def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
-# A sentence ends with a full stop or its like, but not with the points in 3.5, e.g. or Mr. Brown.
+# A sentence: text up to a full stop or its like. NO_END: points inside it (3.5; e.g.; Mr. Brown).
 END = ".!?。！？।؟"
 NO_END = rf"(?:\.[^\s{END}\"”’)]|(?:[A-Z][a-z]{{0,3}}|\.[a-z])\.\s)"
 SENTENCE = rf"[^{END}]*(?:{NO_END}[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
 
-def guided(**rule: Any) -> Any:    # the rule guides decoding only; pydantic does not check it
+def guided(**rule: Any) -> Any:    # rule: for guided decoding; pydantic checks min_length
     return Annotated[str, AfterValidator(clean_text), Field(min_length=1, json_schema_extra=rule)]
 
 def sentences(most: int) -> Any:
@@ -222,7 +222,7 @@ class Rubric(Reply):
     criteria: list[Criterion] = Field(min_length=1, max_length=5)
 
 class Rating(Reply):
-    thoughts: guided(maxLength=160)    # they may break off
+    thoughts: guided(maxLength=160)    # may be cut in mid-sentence
     # Not strict: a judge behind a URL is not always guided, and may write "2" or 2.0 for 2.
     rating: int = Field(strict=False, ge=0, le=2, json_schema_extra={"enum": [0, 1, 2]})
 
@@ -237,7 +237,7 @@ class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
     token_ids: list[int]    # EOS included
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; Request.yes_no
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids, or of Yes and No
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" where the model did not finish
@@ -264,7 +264,7 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)
-GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # JSON; pairs of DPO
+GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # to and from JSON
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
@@ -273,7 +273,7 @@ def kept(groups: list[Group]) -> list[Group]:
 def entry(name: str, gold: str, description: str, weight: int) -> Criterion:    # by position
     return Criterion(name=name, gold=gold, description=description, weight=weight)
 
-# What the proposer is to write (assignment), and a worked example for all roles but the solver.
+# What the proposer is to write (assignment), and a worked example; its answer is partly wrong.
 DOMAINS = {
     "general": dict(
         assignment="one question that names its subject",
@@ -307,13 +307,13 @@ JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both the
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 Messages = list[dict[str, str]]
-# Brackets that open what a text must not hold: our tags and common special tokens (a judge behind
-# a URL has another tokenizer) such as <|im_end|>, </s>, [INST]. \uff5c is DeepSeek's wide bar.
+# A text must not close its fence or end its turn. Brackets that open our tags or common special
+# tokens (a judge at a URL has others): <|im_end|>, </s>, [INST]. \uff5c is DeepSeek's wide bar.
 OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
 SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
 
 def fence(tag: str, text: str) -> str:
-    """Text between <tag> and </tag>; in its tags and special tokens the bracket becomes "("."""
+    """Text between <tag> and </tag>; a bracket of our tags or of special tokens becomes "("."""
     text = re.sub(f"{OUR_TAGS}|{SPECIAL}", "(", text, flags=re.IGNORECASE)
     return f"<{tag}>\n{text.strip()}\n</{tag}>"
 
@@ -322,10 +322,10 @@ def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric.model_construct(criteria=rubric).model_dump_json()    # any number, if by hand
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # unchecked: may be over 5
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict[str, str]) -> Messages:
-    """Example (tags are keys of domain) and real turn. Some templates know no system message."""
+    """A worked example under the same tags, then the real turn; no system turn: some lack it."""
     example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=domain["answer"])
     shown = {tag: example[tag] for tag, text in texts.items() if text}
     return [user_turn(instruction, shown), dict(role="assistant", content=example_reply),
@@ -391,7 +391,7 @@ def cut_words(text: str, count: int) -> str:
 
 def read_rows(path: Path) -> Iterator[dict]:
     """Rows of a file, or of all in a folder but hidden ones. Exits if one cannot be read."""
-    names = sorted(glob("**/*", root_dir=path, recursive=True))    # brackets in path are no glob
+    names = sorted(glob("**/*", root_dir=path, recursive=True))    # path itself is no pattern
     for file in filter(Path.is_file, [path, *(path / name for name in names)]):
         number = 0
         try:
@@ -451,7 +451,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
-# \frac, \beta or \nabla with one backslash would be control characters in JSON: it gets another.
+# JSON reads \f in \frac, \b in \beta: such a backslash is doubled. \r\n stays; \tau is not known.
 LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
@@ -462,7 +462,7 @@ def parse_json(text: str, reply_type: TypeAdapter) -> Any:
     text = text[text.find("{"):text.rfind("}") + 1]
     text = re.sub(LATEX, r"\1\\\\", text)
     try:
-        return reply_type.validate_python(json.loads(text, strict=False))    # with raw newlines
+        return reply_type.validate_python(json.loads(text, strict=False))    # raw newlines are fine
     except ValidationError as error:
         raise ParseError(error.errors()[0]["type"]) from None
     except (ValueError, RecursionError):
@@ -582,7 +582,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
-#   model.states        name -> trained tensors that are not in the model now, see swapped_weights
+#   model.states        "policy", "base" -> trained tensors; {}: the model itself holds them
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
@@ -668,7 +668,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # each adds to a trained bf16 head's gradient in bf16: 1 to 2% noise
+    parts = []    # with full weights, a bf16 head's gradient is summed by chunk: 1 to 2% noise
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -806,7 +806,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
             dist.all_reduce(p.main_grad)
     grad_norm = nn.utils.get_total_norm([p.main_grad for p in parameters.values()]).item()
     if math.isfinite(grad_norm):    # else there is no step
-        scale = min(1.0, 1.0 / (grad_norm + 1e-6))    # a safety net: pg divides by a large N
+        scale = min(1.0, 1.0 / (grad_norm + 1e-6))    # mostly 1: pg divides by a large N
         for name, master in optimizer.masters.items():
             master.grad = parameters[name].main_grad.mul_(scale).to(master.device)
         optimizer.step()
@@ -895,7 +895,7 @@ class Engine:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if "kiwano" not in text or "salak" not in text:
             fail(f"model {self.cfg.model}: its chat template leaves out the text of a message")
-        # The token after the reply (salak) ends a turn: in a base model often another than EOS.
+        # What follows the reply (salak) ends a turn; in a base model that is often not EOS.
         end = text.rpartition("salak")[2].strip()
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
@@ -905,7 +905,7 @@ class Engine:
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
-        today = date(2024, 7, 26)    # for templates that print today's: prompts stay equal
+        today = date(2024, 7, 26)    # some templates print it: prompts must not change
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
 
@@ -923,7 +923,7 @@ class Engine:
         return [completion for part in parts for completion in part]
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
-        """`generate` on this rank; what does not fit is too_long. Only stand-ins read role."""
+        """`generate` on this rank; what does not fit is too_long. role is for fakes in tests."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, params = [], [], []
@@ -968,7 +968,7 @@ class Engine:
             self.check_weights(model)
 
     def check_weights(self, model: nn.Module) -> None:
-        """RuntimeError if engine and trainer differ beyond rounding on 16 tokens. Keeps the gap."""
+        """RuntimeError if engine and trainer differ on 16 tokens. self.gap is for assets/gpu.py."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature)
         batch = collate(self.sample([request], "probe"), model.device)
@@ -1024,7 +1024,7 @@ class Endpoint:
                 shares = Counter()    # tokenizers put a mark before a word
                 for likely in choice.logprobs.content[0].top_logprobs:
                     shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
-                # A sure judge's other word is not among the 20: it has what is left.
+                # If one word is not among the 20, it gets what the 20 leave; if both, next to 0.
                 left = max(1e-9, 1 - shares.total()) if shares["Yes"] + shares["No"] else 1e-9
                 reason, logprobs = "stop", [math.log(shares[word] or left) for word in YES_NO]
         except Exception as error:    # of the client, or status 200 and no completion
@@ -1042,7 +1042,7 @@ def ask(model: Any, role: str, requests: list[Request]) -> None:
     model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    for attempt in range(3):    # ranks call generate together, so also with no requests
+    for attempt in range(3):    # generate may be called with no requests
         least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
         asked = [replace(request, seed=request.seed + attempt,
                          temperature=max(request.temperature, least)) for request in pending]
@@ -1084,10 +1084,10 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """Of n answers every (n // --rubric_candidates)th, shortest first (paper): of 19 for 10 all."""
+    """Every (n // --rubric_candidates)th of n answers by length (paper): for 10, 19 of 19."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
-    picked = [cut_words(text, 2048) for text in answers[::stride]] if cfg.rubric_candidates else []
+    picked = [cut_words(text, 2048) for text in answers[::stride] if cfg.rubric_candidates]
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
@@ -1141,14 +1141,14 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int
         if RANK == 0:
             path, part = folder / f"{name}.jsonl", folder / f"{name}.part"
             lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
-            before = path.read_bytes().splitlines() if path.exists() else []    # edited by hand
+            before = path.read_bytes().splitlines() if path.exists() else []    # some lines deleted
             part.write_bytes(b"\n".join([*before, *lines, b""]))
             part.rename(path)    # complete or absent
         gather(None)    # no rank goes on before the file is there
         known = read_tasks(folder)
     groups = [group for group in known if group.step == step]
     if not kept(groups):
-        fail(f"step {step}: no task can be used; {folder} says why, in drop_reason")
+        fail(f"step {step}: no usable task; see drop_reason in {folder}; delete lines to retry")
     return groups
 
 def read_answer(completion: Completion, cfg: Config) -> str:
@@ -1163,8 +1163,8 @@ def read_answer(completion: Completion, cfg: Config) -> str:
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged, as in the paper: while at most a quarter of that number have closed their tags, all are
-    sampled once more, in up to five rounds. The first that have closed them are kept.
+    Tagged, as in the paper: a task with at most a quarter of them closed gets as many again, in up
+    to five rounds. Then the first --num_generations are kept, closed ones before others.
     """
     for group in kept(groups):
         group.completions = []
@@ -1204,7 +1204,7 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
                 schema=verdict_type(rubric).json_schema(), failures=noted,
                 parse=partial(parse_verdict, rubric=rubric))])
         else:    # one question on each gold, then on each decoy
-            next_tasks = (tasks[tasks.index(task) + 1:] + tasks)[:2]    # in a circle
+            next_tasks = (tasks[tasks.index(task) + 1:] + tasks)[:2]    # cyclic; itself if few
             decoys = [first_golds[other] for other in next_tasks if other != task]
             golds = [criterion.gold for criterion in rubric] + decoys
             requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
@@ -1213,16 +1213,16 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
     ratings = []
     for (_, rubric, _), asked in zip(answers, requests, strict=True):
         parts = [request.result for request in asked]    # ratings from each reply, or None
-        found = [] if None in parts else list(chain(*parts))
+        found = [] if None in parts else list(chain(*parts))    # by criterion, then decoys
         decoy_mean = fmean(found[len(rubric):] or [0.0])    # pointwise has no decoys
         ratings.append([rating - decoy_mean for rating in found[:len(rubric)]] or None)
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of every answer of kept groups, in place of earlier ones.
-    A plain answer that is cut off (or empty) gets the lowest score of its group: a score of 0
-    taught a 0.5B model to say little, to leave it out taught it to run on (assets/learning.md). A
-    tagged one is left out, as in the paper; so is an answer without a readable verdict.
+    A plain answer that is cut off (or empty) gets the lowest score of its group: with 0 instead, a
+    0.5B model learned to say little, with none to run on (assets/learning.md). A tagged one is left
+    out, as in the paper; so is an answer without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
@@ -1235,7 +1235,7 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
         scores = [c.score for c in group.completions if c.answer and c.score is not None]
         for completion in group.completions:
             if not completion.answer:
-                completion.ratings = [0.0] * len(group.rubric)    # eval.py counts these
+                completion.ratings = [0.0] * len(group.rubric)    # for eval.py, not for score
                 completion.score = min(scores, default=0.0)
 
 # ---- 13. log and checkpoints ----
@@ -1250,7 +1250,7 @@ def clock(metrics: dict, phase: str) -> Iterator[None]:
     metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
 def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
-    """Rewards, lengths, tokens by the whole step's seconds; why replies and groups were dropped."""
+    """Rewards, lengths, tokens by seconds of the step; how often and why something was dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
         metrics.update(f"parse_fail/{failure}" for failure in group.failures)
@@ -1285,7 +1285,7 @@ def update_metrics(parts: list[Metrics]) -> dict[str, float]:
 
 def memory_gb() -> float:
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()    # now, but PyTorch keeps what the update used
+        free, total = torch.cuda.mem_get_info()    # in use now: PyTorch keeps what the update used
         return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
 
@@ -1370,7 +1370,7 @@ def check_run(cfg: Config) -> None:
     run_dir, before = Path(cfg.run_dir), {}    # the settings of the run that the folder holds
     if cfg.dtype == "auto":
         fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
-    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # no model's folder
+    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # a model has it, too
         before = json.loads((run_dir / "config.json").read_text())
     if before and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
@@ -1485,10 +1485,10 @@ def main(cfg: Config) -> None:
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
         metrics["peak_memory_gb"] = memory_gb()
         log_step(run_dir, metrics, groups + measured, cfg)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # after log_step
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # log first: start_run
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
-        metrics = dict(step=cfg.num_steps)
+        metrics = dict(step=max(first_step, cfg.num_steps))
         measured = measure(engine, judge, model, held_out, cfg, metrics)
         log_step(run_dir, metrics, measured, cfg)
     engine.close()

@@ -1171,7 +1171,7 @@ def test_a_step_without_tasks(make_cfg, capsys):
     engine, corpus, folder = at_work(make_cfg())
     engine.say = lambda request, role: "no JSON" if role == "proposer" else None
     line = fails(capsys, pop.tasks_of_step, engine, None, corpus, 0, make_cfg())
-    assert "step 0: no task can be used" in line and str(folder) in line
+    assert "step 0: no usable task" in line and str(folder) in line
 
 def test_edited_tasks_are_honoured(make_cfg, capsys):
     """An edit is overwritten, ignored or doubles tasks, a slip in it is a traceback, an odd text
