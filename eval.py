@@ -314,7 +314,7 @@ class Benchmark:
     source: str
     temperature: float
     read: Callable
-    reply: type[Reply] | None    # None: lm-eval's verdicts, or ratings by pop.score_answers
+    reply: type[Reply] | None    # None: lm-eval's verdicts, or ratings by pop.rate
     score: Callable    # of an item and verdicts: its Points, or None to leave it out
     clip: bool = False    # the mean into [0, 1]
 
@@ -567,12 +567,12 @@ def judge_answers(cfg: EvalConfig, units: list[tuple], reply: type[Reply] | None
     failures = []
     with Model(cfg, cfg.judge) as judge:
         if reply is None:
-            groups = []
-            for item, answer in units:
-                completion = Completion([], answer=answer)
-                groups.append(replace(item.group, completions=[completion], failures=failures))
-            pop.score_answers(judge, groups, pop_settings(cfg))
-            verdicts = [group.completions[0].ratings for group in groups]
+            answered = [(item.group, answer) for item, answer in units if answer]
+            asked = [(group.task, group.rubric, answer) for group, answer in answered]
+            rated = iter(pop.rate(judge, asked, pop_settings(cfg), [failures] * len(asked)))
+            verdicts = []
+            for item, answer in units:    # an unfinished answer says nothing
+                verdicts.append(next(rated) if answer else [0.0] * len(item.group.rubric))
         else:
             questions = [ask(item, answer, reply) for item, answer in units]
             requests = list(chain(*questions))

@@ -241,7 +241,7 @@ class Completion:
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" where the model did not finish
-    ratings: list[float] | None = None    # one for each criterion, see rate; None: no verdict
+    ratings: list[float] | None = None    # one for each criterion, see rate; or None
     score: float | None = None            # at most 1; None: left out of the group
     advantage: float = 0.0
 
@@ -1087,7 +1087,8 @@ def pick_candidates(group: Group, cfg: Config) -> str:
     """Every (n // --rubric_candidates)th of n answers by length (paper): for 10, 19 of 19."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
-    picked = [cut_words(text, 2048) for text in answers[::stride] if cfg.rubric_candidates]
+    picked = answers[::stride] if cfg.rubric_candidates else []
+    picked = [cut_words(text, 2048) for text in picked]
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
@@ -1235,7 +1236,6 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
         scores = [c.score for c in group.completions if c.answer and c.score is not None]
         for completion in group.completions:
             if not completion.answer:
-                completion.ratings = [0.0] * len(group.rubric)    # for eval.py, not for score
                 completion.score = min(scores, default=0.0)
 
 # ---- 13. log and checkpoints ----

@@ -1086,11 +1086,13 @@ def test_expected_scores(make_cfg):
     group = Group("d", task="0", rubric=RUBRIC, completions=answers_of("a", "b", None, "c"))
     pop.score_answers(engine, [group], cfg)
     a, b, cut, c = group.completions
+    cut.score = -1.0    # of an earlier scoring: it is no finished answer's
+    pop.score_answers(FakeEngine(cfg, say), [group], cfg)
     assert a.ratings + b.ratings == pytest.approx([1.5, 0.5, 12 / 11, 0.4])    # one task: no decoys
     assert a.score == pytest.approx((3 * 1.5 + 0.5) / 8)
     assert cut.score == b.score == pytest.approx((3 * 12 / 11 + 0.4) / 8)
-    assert (cut.ratings, c.ratings, c.score) == ([0, 0], None, None)
-    assert group.failures == ["judge/no_yes_or_no"]
+    assert (cut.ratings, c.ratings, c.score) == (None, None, None)
+    assert group.failures == ["judge/no_yes_or_no"] * 2
     assert engine.calls == [("judge", 6)]    # not again: the answer would be the same
     # Decoys are the next two tasks' first golds: for task 0 those of 1 and 2, for 3 of 0 and 1.
     answers = [("0", RUBRIC, "a")] + [
@@ -1677,7 +1679,7 @@ def check_answers(row, best, worst=0.5):
     """Scores of FakeEngine's answers to one task, and their advantages; returns the mean score."""
     unjudged, *others, cut_off = row["completions"]
     assert row["drop_reason"] is None
-    assert (cut_off["answer"], cut_off["ratings"]) == ("", [0, 0])
+    assert (cut_off["answer"], cut_off["ratings"]) == ("", None)
     assert (unjudged["score"], unjudged["ratings"], unjudged["advantage"]) == (None, None, 0)
     scores = np.array([worst if c["answer"] == "quality 1" else best for c in others] + [worst])
     assert [c["score"] for c in (*others, cut_off)] == pytest.approx(scores, abs=1e-6)
