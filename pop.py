@@ -692,8 +692,7 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     mask = mask.bool()
     advantages = advantages.reshape(len(mask), -1)    # (B, 1) or (B, T)
     log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
-    ratio = log_ratio.exp()
-    factor = ratio.clamp(max=ratio_cap) * advantages    # (B, T)
+    factor = log_ratio.exp().clamp(max=ratio_cap) * advantages    # (B, T)
     loss = -torch.where(mask, factor * logprobs, 0.0).sum() / normalizer
     tokens = mask.sum().item()
     entropy = -torch.where(mask, logprobs.detach(), 0.0).sum()    # an estimate, if on policy
@@ -1193,9 +1192,10 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
     """A judge's ratings (K,) of each (task, rubric, text): of an answer, a reference or any other
     text; None where it gave none. Why it did not is added to the lists in failures.
     pointwise: 0, 1 or 2. expected: 2 (P(Yes) to the gold - mean P(Yes) to two decoys), about 0 for
-    a text that gets a Yes to anything. Decoys are first golds of the next tasks in the call.
+    a text that gets a Yes to anything. Decoys: first golds of the next tasks, else of examples.
     """
     first_golds = {task: rubric[0].gold for task, rubric, _ in answers}
+    examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
     tasks, requests = list(first_golds), []
     failures = failures or [[] for _ in answers]
     for (task, rubric, text), noted in zip(answers, failures, strict=True):
@@ -1205,9 +1205,9 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
                 schema=verdict_type(rubric).json_schema(), failures=noted,
                 parse=partial(parse_verdict, rubric=rubric))])
         else:    # one question on each gold, then on each decoy
-            next_tasks = (tasks[tasks.index(task) + 1:] + tasks)[:2]    # cyclic; itself if few
-            decoys = [first_golds[other] for other in next_tasks if other != task]
-            golds = [criterion.gold for criterion in rubric] + decoys
+            place = tasks.index(task)
+            others = [first_golds[other] for other in tasks[place + 1:] + tasks[:place]]
+            golds = [criterion.gold for criterion in rubric] + (others + examples)[:2]
             requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
                                      parse=parse_yes_no, failures=noted) for gold in golds])
     ask(judge, "judge", list(chain(*requests)))

@@ -58,13 +58,15 @@ with warnings.catch_warnings():    # there is no ini file to announce the marker
 RUBRIC = [Criterion(name="facts", gold="It is red.", description="Says red.", weight=3),
           Criterion(name="tone", gold="It is calm.", description="Is calm.", weight=1)]
 RUBRIC_ROWS = [criterion.model_dump() for criterion in RUBRIC]
+# What `expected` takes off where no other task is in the call: first golds of worked examples.
+DECOYS = [pop.DOMAINS[domain]["rubric"][0].gold for domain in ("general", "writing")]
 
 class FakeEngine(Engine):
     """Scripted replies with the log-probs of a real model, so that training is as with vLLM.
 
     Of four answers one is cut off, one cannot be judged, two are good ("quality 1" or "quality 2",
     which is also their rating), in tags where the prompt asks for them. Any other text is rated 1.
-    All tasks have RUBRIC, so by `expected` its first gold is a decoy, too: half there in all texts.
+    By `expected` all golds but RUBRIC's second, so all decoys, too, are half there in all texts.
     say(request, role) may set a reply: a text, a Completion, or None for the usual one.
     """
     say = staticmethod(lambda request, role: None)
@@ -128,8 +130,8 @@ class FakeEngine(Engine):
         answer = request.messages[-1]["content"].rpartition("<answer>")[2]
         rating = 2 if "quality 2" in answer else 1
         names = (request.schema or {}).get("properties", [])
-        is_first_gold = RUBRIC[0].gold in answer
-        probabilities = (0.48, 0.48) if rating == 1 or is_first_gold else (0.98, 0.01)
+        is_there = rating == 2 and RUBRIC[1].gold in answer
+        probabilities = (0.98, 0.01) if is_there else (0.48, 0.48)
         if "nobody can judge this" in answer:
             names, probabilities = ["nobody"], (0.05, 0.04)
         row = {name: dict(thoughts="t", rating=rating) for name in names}
@@ -458,7 +460,8 @@ def test_who_sees_what(make_cfg):
         pop.sample_answers(engine, [group], cfg)
         group.completions = answers_of("ANSWER")
         pop.score_answers(engine, [group], cfg)
-        prompts = {role: whole_prompt(request) for role, request in engine.asked}
+        first = reversed(engine.asked)    # a judge is asked for its own golds before decoys
+        prompts = {role: whole_prompt(request) for role, request in first}
         for role, expected in (usual | change).items():
             assert [word for word in words if word in prompts[role]] == expected.split(), flags
         for role in ("proposer", "rubric"):
@@ -1088,12 +1091,13 @@ def test_expected_scores(make_cfg):
     a, b, cut, c = group.completions
     cut.score = -1.0    # of an earlier scoring: it is no finished answer's
     pop.score_answers(FakeEngine(cfg, say), [group], cfg)
-    assert a.ratings + b.ratings == pytest.approx([1.5, 0.5, 12 / 11, 0.4])    # one task: no decoys
-    assert a.score == pytest.approx((3 * 1.5 + 0.5) / 8)
-    assert cut.score == b.score == pytest.approx((3 * 12 / 11 + 0.4) / 8)
+    # one task: the decoys are of the worked examples, each with a rating of 2 x 0.4
+    assert a.ratings + b.ratings == pytest.approx([0.7, -0.3, 12 / 11 - 0.8, -0.4])
+    assert a.score == pytest.approx((3 * 0.7 - 0.3) / 8)
+    assert cut.score == b.score == pytest.approx((3 * 12 / 11 + 0.4) / 8 - 0.4)
     assert (cut.ratings, c.ratings, c.score) == (None, None, None)
     assert group.failures == ["judge/no_yes_or_no"] * 2
-    assert engine.calls == [("judge", 6)]    # not again: the answer would be the same
+    assert engine.calls == [("judge", 12)]    # not again: the answer would be the same
     # Decoys are the next two tasks' first golds: for task 0 those of 1 and 2, for 3 of 0 and 1.
     answers = [("0", RUBRIC, "a")] + [
         (str(i), [entry.model_copy(update=dict(gold=f"It is {i}.")) for entry in RUBRIC], "d")
@@ -1117,11 +1121,12 @@ def test_verdicts(make_cfg, capsys, scoring):
     notes = [[] for _ in answers]
     one, none, other, two = pop.rate(engine, answers, cfg, notes)
     usual = [[2], [1, 1], [2, 2]]
-    if scoring == "expected":    # less a decoy, which is half there
+    if scoring == "expected":    # less two decoys, which are half there
         usual = [[0], [0, 0], pytest.approx([0, 2 * 0.98 / 0.99 - 1])]
     assert [one, other, two] == usual and none is None
     assert notes[::2] == [[], []] and notes[3] == []
-    assert len(notes[1]) == 3 and "judge/" in notes[1][0]    # three tries, or two golds and a decoy
+    questions = 4 if scoring == "expected" else 3    # two golds, two decoys; or three tries
+    assert len(notes[1]) == questions and "judge/" in notes[1][0]
     assert pop.rate(engine, [], cfg) == []
     group, dropped = [Group("d", task="t", rubric=RUBRIC, completions=answers_of("quality 1", ""))
                       for _ in range(2)]
@@ -1130,9 +1135,9 @@ def test_verdicts(make_cfg, capsys, scoring):
         group.completions[1].answer = text
         pop.score_answers(engine, [dropped, group], cfg)
     first, second = group.completions
-    assert (first.score, second.score, second.ratings) == (0.5, None, None)    # without a decoy
-    assert group.failures == notes[1][:2 if scoring == "expected" else 3]
-    assert dropped.completions[0].score is None
+    worst = 0 if scoring == "expected" else 0.5
+    assert (first.score, second.score, second.ratings) == (worst, None, None)
+    assert group.failures == notes[1] and dropped.completions[0].score is None
     engine.say = lambda *_: Completion([], text="I'd rather not", finish_reason="length")
     line = fails(capsys, pop.score_answers, engine, [group], cfg)
     assert "the judge" in line and line.endswith("length: \"I'd rather not\"")
@@ -1715,7 +1720,7 @@ def test_main(make_cfg, tmp_path, scoring):
             assert shown == pop.corpus_batch(corpus, step, cfg) and m["engine_gap"] < 1e-5
             assert (m["groups"], m["groups_kept"], m["finished"]) == (2, 2, 6 / 8)
             assert m["reward_mean"] == pytest.approx(np.mean(means[:2]), abs=1e-6)
-            reason, count = ("missing", 2 * 3) if many else ("no_yes_or_no", 2 * 3)
+            reason, count = ("missing", 2 * 3) if many else ("no_yes_or_no", 2 * 4)
             assert m[f"parse_fail/judge/{reason}"] == count
         if step != 1:
             assert m["eval_reward"] == pytest.approx(np.mean(means[-3:]))
@@ -2493,16 +2498,18 @@ def test_expected_at_an_endpoint(server, make_cfg):
 
     def say(request):
         answer, gold = re.findall(r">\n(.*)\n</", request["messages"][-1]["content"])
+        if "It is" not in gold:    # a decoy: 0.5
+            return said("Yes", Yes=0.25, No=0.75)
         return said("Yes", **p.get(answer) or p[gold])
     server.say = say
     answers = [("t", RUBRIC, text) for text in ("odd", "a", "sure")]
     notes = [], [], []
     odd, found, sure = pop.rate(pop.Endpoint(server.url, "m"), answers, make_cfg(), notes)
-    assert found == pytest.approx([1.5, 8 / 7]) and odd is None
-    assert sure == pytest.approx([1.5, 1.5])    # No has what the others leave: 0.2
+    assert found == pytest.approx([1.5 - 0.5, 8 / 7 - 0.5]) and odd is None
+    assert sure == pytest.approx([1.5 - 0.5] * 2)    # No has what the others leave: 0.2
     assert notes == (["judge/no_yes_or_no"] * 2, [], [])
     asked = [request["logprobs"] and request["temperature"] for request in server.asked]
-    assert asked == [0] * 6    # the likeliest tokens are those at temperature 1
+    assert asked == [0] * 12    # the likeliest tokens are those at temperature 1
     assert all(request["max_completion_tokens"] >= 16 for request in server.asked)    # case 34
 
 def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
@@ -2728,10 +2735,13 @@ def test_a_checkpoint_at_vllms_server(needs_vllm, make_cfg, monkeypatch, capsys,
     assert first == again    # greedy
     assert all(first)
     engine = FakeEngine(make_cfg(model=folder))
-    prompt = pop.yes_no_prompt(domain["reference"], domain["rubric"][0].gold)
-    question = Completion([], prompt_ids=engine.encode(prompt))
-    plain = word_logprobs(engine.model, question, 1.0)[0, engine.yes_no]
-    assert expected[0][0] == pytest.approx(*pop.parse_yes_no(plain.tolist()), abs=1e-3)
+    plain = []
+    for gold in (domain["rubric"][1].gold, *DECOYS):
+        prompt = pop.yes_no_prompt(domain["reference"], gold)
+        question = Completion([], prompt_ids=engine.encode(prompt))
+        logprobs = word_logprobs(engine.model, question, 1.0)[0, engine.yes_no]
+        plain += pop.parse_yes_no(logprobs.tolist())
+    assert expected[0][1] == pytest.approx(plain[0] - np.mean(plain[1:]), abs=1e-3)
 
 @slow
 def test_killed_real_runs_equal_an_unbroken_one(needs_vllm, tmp_path):
