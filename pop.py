@@ -1120,33 +1120,37 @@ def read_tasks(folder: Path) -> list[Group]:
                 fail(f"{path} line {number}: has no task")
     return groups
 
+def save_tasks(path: Path, groups: list[Group]) -> None:
+    """Adds a line for each group to a task file; a kill leaves the file as it was."""
+    before = path.read_bytes().splitlines() if path.exists() else []
+    lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
+    part = path.with_suffix(".part")
+    part.write_bytes(b"\n".join([*before, *lines, b""]))
+    part.rename(path)
+
 def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
                   cfg: Config) -> list[Group]:
     """A step's groups from run_dir/tasks. If missing, --task_steps steps are written in a call."""
     folder = Path(cfg.run_dir) / "tasks"
-    known = read_tasks(folder)
-    known_steps = {group.step for group in known}
+    groups = read_tasks(folder)
+    known_steps = {group.step for group in groups}
     if step not in known_steps:
-        name, steps = "held_out", [HELD_OUT]
-        if step != HELD_OUT:
-            name, steps = f"step_{step:06d}", range(step, min(step + cfg.task_steps, cfg.num_steps))
-        groups = []
-        for new_step in sorted(set(steps) - known_steps):
-            for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
-                groups.append(Group(document, step=new_step, row=row))
+        end = min(step + cfg.task_steps, cfg.num_steps)
+        steps = [HELD_OUT] if step == HELD_OUT else range(step, end)
+        new = []
+        for missing in sorted(set(steps) - known_steps):
+            for row, document in enumerate(corpus_batch(corpus, missing, cfg)):
+                new.append(Group(document, missing, row))
         engine.load_weights(model, "base")
-        propose_tasks(engine, groups, cfg, seen=[group.task for group in kept(known)])
+        propose_tasks(engine, new, cfg, seen=[group.task for group in kept(groups)])
         if step == HELD_OUT or not cfg.rubric_candidates:    # else they are written from answers
-            write_rubrics(engine, groups, cfg)
+            write_rubrics(engine, new, cfg)
         if RANK == 0:
-            path, part = folder / f"{name}.jsonl", folder / f"{name}.part"
-            lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
-            before = path.read_bytes().splitlines() if path.exists() else []    # some lines deleted
-            part.write_bytes(b"\n".join([*before, *lines, b""]))
-            part.rename(path)    # complete or absent
+            name = "held_out" if step == HELD_OUT else f"step_{step:06d}"
+            save_tasks(folder / f"{name}.jsonl", new)
         gather(None)    # no rank goes on before the file is there
-        known = read_tasks(folder)
-    groups = [group for group in known if group.step == step]
+        groups += new
+    groups = [group for group in groups if group.step == step]
     if not kept(groups):
         fail(f"step {step}: no usable task; see drop_reason in {folder}; delete lines to retry")
     return groups

@@ -1,8 +1,9 @@
-"""The shape of the files that people read: python .ci/shape.py    (fails for a line over 100 columns)
+"""The shape of the files that people read: python .ci/shape.py
 
-Goals for pop.py: 1,500 lines, 6.9 nodes a code line, comments 16%. nodes: expressions and statements;
-models of this field have 4 to 6. comments: share of lines that are comments on their own line or
-docstrings. comprehensions: in 100 code lines. A thermometer: a fork that adds lines stays green.
+It fails for a line over 100 columns, and else is a thermometer: a fork that adds lines stays green.
+Goals for pop.py: 1,500 lines, 6.9 nodes a code line, comments 16%. nodes: expressions and
+statements; models of this field have 4 to 6. comments: share of lines that are comments on their
+own line or docstrings. comprehensions: in 100 code lines.
 """
 import ast
 import sys
@@ -17,12 +18,15 @@ def measure(text: str) -> dict[str, float]:
     nodes = list(ast.walk(tree))
     documented = set()
     for node in nodes:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        has_body = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if has_body and ast.get_docstring(node):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     for number, line in enumerate(lines, start=1):
         if line.lstrip().startswith("#"):
             documented.add(number)
-    code = sum(1 for number, line in enumerate(lines, 1) if line.strip() and number not in documented)
+    code = 0
+    for number, line in enumerate(lines, start=1):
+        code += bool(line.strip()) and number not in documented
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     return dict(
         lines=len(lines), columns=max(map(len, lines)), comments=len(documented) / len(lines),

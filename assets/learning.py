@@ -1,15 +1,16 @@
 """Does it learn what the documents know? The experiment of assets/learning.md, step by step.
 
-    python -m assets.learning tasks FILE [flags of pop.py]      # tasks with rubrics of all documents, by --model
-    python -m assets.learning folder FILE OUT STEPS PER_STEP    # 24 are held out, the others are gone through in turn
-    python -m assets.learning base OUT [flags]                  # the base model's held-out answers, also colder ones
-    python -m assets.learning gate FILE                         # of these: is there something to learn?
-    python -m assets.learning run ARM [flags]                   # ARM: policy, or shuffled, the control
-    python -m assets.learning table FILE ...                    # all arms and seeds, and assets/learning.svg
-    python -m assets.learning read RUN                          # answers before and after, and a key
+    python -m assets.learning tasks FILE [flags of pop.py]      # of all documents, by --model
+    python -m assets.learning folder FILE OUT STEPS PER_STEP    # 24 are held out
+    python -m assets.learning base OUT [flags]      # the base model's answers, also colder ones
+    python -m assets.learning gate FILE             # of these: is there something to learn?
+    python -m assets.learning run ARM [flags]       # ARM: policy, or shuffled, the control
+    python -m assets.learning table FILE ...        # all arms and seeds, and assets/learning.svg
+    python -m assets.learning read RUN              # answers before and after, and a key
 
-FILE of `gate` and `table` is what `eval.py rejudge RUN --judge OTHER_MODEL` writes for a run, or for OUT of `base`;
-`table` wants it renamed to ARM_SEED.json. Flags of pop.py must have --tasks from `folder`.
+FILE of `gate` and `table` is what `eval.py rejudge RUN --judge OTHER_MODEL` writes for a run, or for
+OUT of `base`; `table` wants it renamed to ARM_SEED.json. The flags are pop.py's, with --tasks from
+`folder`.
 """
 import json
 import random
@@ -27,8 +28,10 @@ from eval import interval, print_table
 
 HELD_OUT_TASKS = 24
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)    # of the base model; 0 is greedy
-MEASURES = {"own judge": "judge that trains", "finished or not": "other judge", "golds' words": "golds' words",
-            "finished": "finished", "words": "words"}
+# Columns of `eval.py rejudge` and what they are called here.
+MEASURES = {"own judge": "judge that trains", "finished or not": "other judge",
+            "golds' words": "golds' words", "finished": "finished", "words": "words"}
+EQUAL = "other judge, equal length"    # its score less what length explains of it
 
 
 def write_tasks(file, cfg):
@@ -59,11 +62,12 @@ def write_folder(file, out, steps, per_step):
     Path(out).mkdir(parents=True)
     write_groups(Path(out, "held_out.jsonl"), held_out)
     write_groups(Path(out, "training.jsonl"), rows)
-    print(f"{len(held_out)} tasks are held out; {len(training)} are trained on, {len(rows) / len(training):.1f} times")
+    times = len(rows) / len(training)
+    print(f"{len(held_out)} tasks are held out; {len(training)} are trained on, {times:.1f} times")
 
 
 def answer_colder(out, cfg):
-    """What training could gain by being surer alone: measures as in a run, with a temperature in place of a step."""
+    """What training could gain by being surer alone: a run's measures, one for each temperature."""
     for name in ("rollouts", "tasks"):
         Path(out, name).mkdir(parents=True)
     engine = pop.Engine(cfg)
@@ -108,8 +112,8 @@ def cell(values):
 
 
 def gate(file):
-    """Of the base model's answers at temperature 1: what is the training judge's pick of a task's answers worth, above
-    the task's mean, by measures that do not train? Rank correlations within tasks. 95% over tasks.
+    """Of the base model's answers at temperature 1: what is the training judge's pick of a task's
+    answers worth, above the task's mean, by measures that do not train? 95% over tasks.
     """
     answers = read_answers(file)
     tasks = answers[answers["step"] == 0].groupby("task")
@@ -119,61 +123,66 @@ def gate(file):
         for _, task in tasks:
             task = task.dropna(subset=["own judge", name])
             worth.append(task[name][task["own judge"].idxmax()] - task[name].mean())
-            correlations.append(task["own judge"].rank().corr(task[name].rank()))    # Spearman's; NaN: all equal
+            # Spearman's; NaN where all are equal
+            correlations.append(task["own judge"].rank().corr(task[name].rank()))
         correlations = np.array(correlations)
         rows.append([title, cell(worth), cell(correlations[~np.isnan(correlations)])])
-    print_table(["by", "best of a task less the mean", "rank correlation with the training judge"], rows)
+    print_table(["by", "best of a task less the mean", "rank correlation within tasks"], rows)
 
 
 def by_task(files):
     """Mean of each measure: (runs, tasks, steps, measures); and the steps."""
     runs = []
     for file in files:
-        means = read_answers(file).groupby(["task", "step"])[list(MEASURES)].mean()
+        answers = read_answers(file)
+        answers[EQUAL] = answers["finished or not"] - slope_of_length(answers) * answers["words"]
+        means = answers.groupby(["task", "step"])[[*MEASURES, EQUAL]].mean()
         steps = list(means.index.levels[1])
-        runs.append(means.to_numpy().reshape(-1, len(steps), len(MEASURES)))
+        runs.append(means.to_numpy().reshape(-1, len(steps), len(means.columns)))
     return np.array(runs), steps
 
 
-def slope_of_length(file):
+def slope_of_length(answers):
     """Other judge's score of a word more, within tasks, among the answers before training."""
-    answers = read_answers(file)
     answers = answers[answers["step"] == 0].dropna(subset=["finished or not"])
     columns = answers[["words", "finished or not"]]
     words, scores = (columns - columns.groupby(answers["task"]).transform("mean")).to_numpy().T
     return (words * scores).sum() / (words * words).sum()
 
 
-def table(arms):
-    """Changes from the first measure to the last: intervals over tasks (the mean of seeds), and over seeds."""
+def table(arms, base):
+    """Changes from the first measure to the last, and what is left of them beside the control and
+    the base model's greedy answers. 95% over tasks (of the mean of seeds), and over seeds.
+    """
     rows, changes = [], {}
     for arm, files in arms.items():
         values, steps = by_task(files)
-        # one more measure: the other judge's score less what length explains of it
-        slope = slope_of_length(files[0])
-        equal = values[..., 1:2] - slope * values[..., 4:5]
-        values = np.concatenate([values, equal], axis=-1)
-        changes[arm] = values[:, :, -1] - values[:, :, 0]    # (runs, tasks, measures)
-        before, after = values[:, :, 0].mean(axis=(0, 1)), values[:, :, -1].mean(axis=(0, 1))
-        for i, title in enumerate([*MEASURES.values(), "other judge, equal length"]):
-            rows.append([f"{arm}, {steps[-1]:.0f} steps", title, f"{before[i]:.3f}", f"{after[i]:.3f}",
-                         *cells(changes[arm][:, :, i])])
+        first, last = values[:, :, 0], values[:, :, -1]    # (runs, tasks, measures)
+        changes[arm] = last - first
+        rows += gap_rows(f"{arm}, step {steps[-1]:.0f} less step 0", last, first)
+        if base:
+            greedy = by_task([base])[0][:, :, -1]
+            rows += gap_rows(f"{arm} less base, greedy", last, greedy)
     for arm, change in changes.items():
         if "shuffled" in changes and arm != "shuffled":
-            gap = change.mean(axis=0, keepdims=True) - changes["shuffled"].mean(axis=0, keepdims=True)
-            for i, title in enumerate([*MEASURES.values(), "other judge, equal length"]):
-                rows.append([f"{arm} less shuffled", title, "", "", *cells(gap[:, :, i])])
-    print_table(["arm", "measure", "before", "after", "change, 95% over tasks", "over seeds"], rows)
+            control = changes["shuffled"].mean(axis=0, keepdims=True)
+            rows += gap_rows(f"change of {arm} less that of shuffled", change, control)
+    print_table(["what", "measure", "first", "second", "gap, 95% over tasks", "over seeds"], rows)
 
 
-def cells(change):
-    """Of changes (runs, tasks)."""
-    over_seeds = cell(change.mean(axis=1)) if len(change) > 1 else "-"
-    return cell(change.mean(axis=0)), over_seeds
+def gap_rows(title, values, others):
+    """Of (runs, tasks, measures); others may be one run."""
+    rows, gaps = [], values - others
+    for i, name in enumerate([*MEASURES.values(), EQUAL]):
+        gap = gaps[:, :, i]
+        over_seeds = cell(gap.mean(axis=1)) if len(gap) > 1 else "-"
+        rows.append([title, name, f"{values[..., i].mean():.3f}", f"{others[..., i].mean():.3f}",
+                     cell(gap.mean(axis=0)), over_seeds])
+    return rows
 
 
 def draw(arms, base, out):
-    """Curves of the arms (mean of seeds; bars: 95% of the change over tasks); dashed: the base model, greedy."""
+    """Curves: mean of seeds; bars: 95% of the change over tasks; dashed: the base model, greedy."""
     from matplotlib import pyplot
     pyplot.rcParams["svg.fonttype"] = "none"    # text stays text
     figure, axes = pyplot.subplots(1, 4, figsize=(11, 3), layout="tight")
@@ -182,10 +191,11 @@ def draw(arms, base, out):
             values, steps = by_task(files)
             tasks = values[..., index].mean(axis=0)    # (tasks, steps)
             _, half = interval(tasks - tasks[:, :1])
-            axis.errorbar(steps, tasks.mean(axis=0), yerr=half, marker="o", capsize=3, color=f"C{i}", label=arm)
+            axis.errorbar(steps, tasks.mean(axis=0), yerr=half, marker="o", capsize=3,
+                          color=f"C{i}", label=arm)
         if base:
-            values, _ = by_task([base])
-            axis.axhline(values[0, :, -1, index].mean(), color="gray", linestyle="--", label="base, greedy")
+            greedy = by_task([base])[0][0, :, -1, index].mean()
+            axis.axhline(greedy, color="gray", linestyle="--", label="base, greedy")
         axis.set_title(list(MEASURES.values())[index], fontsize=10)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=8)
@@ -193,7 +203,7 @@ def draw(arms, base, out):
 
 
 def read_pairs(run, count=20):
-    """First answers to held-out tasks before and after training, in random order; the key goes to a file."""
+    """First answers before and after training, in random order; the key goes to a file."""
     measures = sorted(Path(run, "rollouts").glob("step_*.jsonl"))
     sides = []
     for file in (measures[0], measures[-1]):
@@ -223,7 +233,7 @@ def main(command, *rest):
         for file in rest:
             arms.setdefault(Path(file).stem.rpartition("_")[0], []).append(file)
         base = arms.pop("base", [None])[0]
-        table(arms)
+        table(arms, base)
         draw(arms, base, Path(__file__).parent / "learning.svg")
     else:
         first, *flags = rest
