@@ -871,7 +871,7 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
     if at_url:    # it must be able to rate the worked example, or pop.ask ends the program
         example = pop.DOMAINS["general"]
         answers = [(example["task"], example["rubric"], example["answer"])]
-        pop.rate(pop.Endpoint(cfg.judge, cfg.judge_model), answers, pop_settings(cfg))
+        pop.rate(pop.Endpoint(cfg.judge, cfg.judge_model), answers, pop_settings(cfg), [[]])
     else:
         cfg.judge_model = "lm-eval" if cfg.benchmark == "ifeval" else short_name(cfg.judge)
 

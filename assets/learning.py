@@ -8,13 +8,14 @@
     python -m assets.learning table FILE ...        # all arms and seeds, and assets/learning.svg
     python -m assets.learning read RUN              # answers before and after, and a key
 
-FILE of `gate` and `table` is what `eval.py rejudge RUN --judge OTHER_MODEL` writes for a run, or for
-OUT of `base`; `table` wants it renamed to ARM_SEED.json. The flags are pop.py's, with --tasks from
-`folder`.
+FILE of `gate` and `table` is what `eval.py rejudge RUN --judge OTHER_MODEL` writes for a run, or
+for OUT of `base`; `table` wants it renamed to ARM_SEED.json. The flags are pop.py's, with --tasks
+from `folder`.
 """
 import json
 import random
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,9 +75,10 @@ def answer_colder(out, cfg):
     held_out = [group for group in pop.read_tasks(Path(cfg.tasks)) if group.step == pop.HELD_OUT]
     for number, temperature in enumerate(TEMPERATURES):
         cfg.temperature = temperature
-        pop.sample_answers(engine, held_out, cfg)
-        pop.score_answers(engine, held_out, cfg)
-        pop.log_step(Path(out), dict(step=number) | pop.held_out_metrics(held_out), held_out, cfg)
+        groups = deepcopy(held_out)
+        pop.sample_answers(engine, groups, cfg)
+        pop.score_answers(engine, groups, cfg)
+        pop.log_step(Path(out), dict(step=number) | pop.held_out_metrics(groups), groups, cfg)
     engine.close()
 
 
