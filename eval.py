@@ -23,7 +23,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -727,73 +727,70 @@ STUDENT = (np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 def interval(values: Any) -> tuple[Any, Any]:
     """(n, ...) -> mean over n, half its 95% interval (Student's t; from n = 10 on that of 10)."""
-    n = len(values)
+    n = max(1, len(values))    # of one or none, both are NaN
     quantile = STUDENT[min(n, len(STUDENT)) - 1]
     return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / n**0.5
 
-def answer_measures(completion: Row, item: Item, text: str, ratings: Points | None) -> Row:
-    """Columns of rejudge's table. None: a judge gave no verdict. "own judge": the run's reward.
-    "this judge": an unfinished answer scores 0; "finished or not": it is judged as far as it goes.
-    "golds' words": the share of them, of four letters or more and not in the task, in the text.
-    """
-    rated = score_own(item, ratings)[0] if ratings else None
-    finished = completion["answer"] != ""
-    texts = " ".join(criterion.gold for criterion in item.group.rubric), item.group.task, text
-    wanted, told, used = [set(re.findall(r"\w{4,}", words.lower())) for words in texts]
-    return {"own judge": completion["score"],
-            "this judge": rated if finished else 0.0,
-            "finished or not": rated,
-            "finished": finished,
-            "golds' words": len(wanted & used - told) / max(1, len(wanted - told)),
-            "words": len(pop.words(text))}
+def long_words(texts: Iterable[str]) -> set[str]:    # of four letters or more
+    return set(re.findall(r"\w{4,}", " ".join(texts).lower()))
+
+def share(wanted: set[str], text: str) -> float | None:
+    """Of the wanted words, the share that is in the text; None if none is wanted."""
+    return len(wanted & long_words([text])) / len(wanted) if wanted else None
 
 def held_out_answers(run: str) -> Iterator[tuple]:
     """(step, group, completion) of all answers to the held-out tasks of a run."""
     for file in sorted(Path(run).glob("rollouts/step_*.jsonl")):
-        for group in read_rows(str(file), "run"):
-            if group["step"] == pop.HELD_OUT:
-                for completion in group["completions"]:
+        for row in read_rows(str(file), "run"):
+            if row["step"] == pop.HELD_OUT:
+                rubric = [Criterion(**criterion) for criterion in row["rubric"]]
+                group = Group("", row=row["row"], task=row["task"], rubric=rubric)
+                for completion in row["completions"]:
                     yield int(file.stem[5:]), group, completion
 
-def rejudge(cfg: EvalConfig, runs: list[str]) -> None:
-    """Rate answers to the held-out tasks of runs, by --judge on their own rubrics: a row for each
-    step, and the change from first to last with its 95% interval, over runs, or over the tasks of
-    a single one. Each run gets a file for its report.
+def rejudge(cfg: EvalConfig, run: str) -> None:
+    """Rate a run's answers to its held-out tasks, by --judge on their own rubrics: a row for each
+    step, and the change from first to last with its 95% interval over tasks. Columns:
+    "own judge": the run's reward. "this judge": an unfinished answer scores 0; "finished or not":
+    it is judged as far as it goes. "golds' words": the share of them, but for the task's, in the
+    answer; "names": of those that no other task's golds have. None: a judge gave no verdict.
     """
-    rows, units = [], []
-    for number, run in enumerate(runs):
-        steps = set()
-        for step, group, completion in held_out_answers(run):
-            steps.add(step)
-            rubric = [Criterion(**criterion) for criterion in group["rubric"]]
-            item = Item("", [], group=Group("", task=group["task"], rubric=rubric))
-            units.append((item, completion["answer"] or completion["text"]))
-            rows.append(dict(run=number, step=step, task=group["row"], completion=completion))
-        if len(steps) < 2:
-            fail(f"rejudge {run}: holds no two measures of held-out tasks (pop.py --eval_every)")
+    answers, units, golds = [*held_out_answers(run)], [], {}
+    for _, group, completion in answers:
+        text = completion["answer"] or completion["text"]
+        units.append((Item("", [], group=group), text))
+        golds[group.task] = long_words(criterion.gold for criterion in group.rubric)
+    if len({step for step, _, _ in answers}) < 2:
+        fail(f"rejudge {run}: holds no two measures of held-out tasks (pop.py --eval_every)")
+    count = Counter(chain(*golds.values()))    # of a word: tasks that have it in their golds
     verdicts = judge_answers(cfg, units, None)
     print(f"{len(units)} answers, {verdicts.count(None)} without a verdict of {cfg.judge_model}")
-    for row, unit, ratings in zip(rows, units, verdicts, strict=True):
-        row |= answer_measures(row.pop("completion"), *unit, ratings)
+    rows = []
+    for (step, group, completion), (item, text), ratings in zip(answers, units, verdicts, strict=True):
+        rated = score_own(item, ratings)[0] if ratings else None
+        finished = completion["answer"] != ""
+        words = golds[group.task] - long_words([group.task])
+        rows.append({
+            "step": step, "task": group.row, "own judge": completion["score"],
+            "this judge": rated if finished else 0.0, "finished or not": rated,
+            "finished": finished, "golds' words": share(words, text),
+            "names": share({word for word in words if count[word] == 1}, text),
+            "words": len(pop.words(text))})
     frame = pandas.DataFrame(rows, dtype=float)    # None becomes NaN, which means leave out
+    means = frame.groupby(["step", "task"]).mean()
+    by_step = means.groupby("step").mean()
     judge = f"{cfg.judge_model}-{cfg.scoring}".replace("/", "_")
-    for number, folder in enumerate(runs):
-        answers = frame[frame["run"] == number].drop(columns="run")
-        rewards = answers.groupby("step")["this judge"].mean()
-        found = dict(judge=judge, steps=list(rewards.index), rewards=list(rewards),
-                     columns=list(answers), answers=answers.round(4).values.tolist())
-        Path(folder, f"rejudge-{judge}.json").write_text(json.dumps(found))
-    means = frame.groupby(["step", "run" if len(runs) > 1 else "task"]).mean()
-    by_step, measures, table = means.groupby("step").mean(), list(frame)[3:], []
-    for step, values in by_step[measures].iterrows():
-        table.append([int(step), *map("{:.3f}".format, values)])
+    found = dict(judge=judge, steps=list(by_step.index), rewards=list(by_step["this judge"]),
+                 columns=list(frame), answers=frame.round(4).values.tolist())
+    Path(run, f"rejudge-{judge}.json").write_text(json.dumps(found))
+    table = [[int(step), *map("{:.3f}".format, values)] for step, values in by_step.iterrows()]
     first, *_, last = by_step.index
-    change = means.loc[last] - means.loc[first]    # a row for each run or task
+    change = means.loc[last] - means.loc[first]    # a row for each task
     table.append(["change [95%]"])
-    for name in measures:
+    for name in change:
         mean, half = interval(change[name].dropna())
         table[-1].append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
-    print_table(["step", *measures], table)
+    print_table(["step", *change], table)
 
 def read_lines(file: Path) -> list[Row]:
     """Objects of a JSONL file. What follows the last newline is still being written."""
@@ -890,7 +887,8 @@ def main(argv: Sequence[str]) -> None:
         return
     check_settings(cfg, command)
     if command == "rejudge":
-        rejudge(cfg, runs)
+        for run in runs:
+            rejudge(cfg, run)
     elif command == "judge":
         judge_judge(cfg)
     else:

@@ -2264,30 +2264,32 @@ def test_rows_with_a_fault(evaluation, tmp_path, capsys, benchmark, flag, change
     assert f"--{flag} {file}: line 2: " in line and not evaluation.calls
 
 def test_rejudge(evaluation, tmp_path, capsys):
-    """Scores go to the wrong run or time, or an unfinished or a training answer counts."""
+    """Scores go to the wrong run, task or time; an unfinished or a training answer counts; a word
+    of the task or of all golds is taken for a name."""
     runs = [str(tmp_path / "one"), str(tmp_path / "two")]
-    for run, last in zip(runs, ("quality 2 calm", "quality 1")):
+    tasks = {"a": RUBRIC_ROWS,    # calm is a word of both tasks' golds, blue of this one's alone
+             "Keep calm": [*RUBRIC_ROWS, dict(RUBRIC_ROWS[0], name="n", gold="It is blue.")]}
+    for run, last in zip(runs, ("quality 1 blue", "quality 2 red")):
         steps = []
-        for answers in (["quality 1", "quality 2 (cut)"], [], ["quality 2", "nobody"], [last] * 2):
-            tasks = ("a", "Keep calm") if answers else []    # calm is told there
-            held_out = [(task, RUBRIC_ROWS, answers) for task in tasks]
+        cut, odd = ["quality 1", "quality 2 (cut)"], ["quality 2", "nobody"]
+        for answers in ([cut, cut], [], [odd, odd], [["quality 2 calm"], [last]]):
+            held_out = zip(tasks, tasks.values(), answers)
             steps.append([("train", RUBRIC_ROWS, ["quality 1"]), *held_out])
         write_run(Path(run), steps)
     flags = ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "out")]
     evals.main(["rejudge", *runs, *flags])
-    printed = capsys.readouterr().out
-    titles = "| step | own judge | this judge | finished or not | finished | golds' words | words |"
-    for line in ("24 answers, 4 without a verdict of judge", titles,
-                 "| 0 | 0.250 | 0.250 | 0.750 | 0.500 | 0.000 | 2.500 |",    # of 0.5 and 1
-                 "| 2 | 0.250 | 1.000 | 1.000 | 1.000 | 0.000 | 1.500 |",    # without nobody's
-                 "| 3 | 0.250 | 0.750 | 0.750 | 1.000 | 0.250 | 2.500 |",    # calm is a gold's word
+    one, two = capsys.readouterr().out.split("10 answers, 2 without a verdict of judge\n")[1:]
+    columns = "own judge | this judge | finished or not | finished | golds' words | names | words"
+    for line in (f"| step | {columns} |",
+                 "| 0 | 0.250 | 0.250 | 0.750 | 0.500 | 0.000 | 0.000 | 2.500 |",    # of 0.5 and 1
+                 "| 2 | 0.250 | 1.000 | 1.000 | 1.000 | 0.000 | 0.000 | 1.500 |",    # not nobody's
+                 "| 3 | 0.250 | 0.750 | 0.750 | 1.000 | 1.000 | 1.000 | 3.000 |",
                  "| change [95%] | +0.000 [+0.000, +0.000] | +0.500 [-2.67"):    # 0.5 - 12.71 / 4
-        assert line in printed, line
-    evals.main(["rejudge", runs[0], *flags])    # of one run: over its tasks
-    assert "12 answers, 2 without" in capsys.readouterr().out
+        assert line in one, line
+    assert "| 3 | 0.250 | 1.000 | 1.000 | 1.000 | 0.500 | 0.000 | 3.000 |" in two
     _, data = read_report(tmp_path / "two", tmp_path / "out")
     rewards = [row["eval_reward by judge-pointwise"] for row in data["metrics"]]
-    assert rewards == [0.25, None, 1.0, 0.5]
+    assert rewards == [0.25, None, 1.0, 1.0]
 
 def test_report_holds_data_not_markup(evaluation, monkeypatch, tmp_path):
     """A document writes the page it is read on; an evaluation is lost, or is of another run."""
