@@ -294,11 +294,12 @@ def test_learning_table(tmp_path, capsys):
     from itself; or the gate's pick is another measure's, or of the trained answers.
     """
     from assets import learning
-    columns = ["step", "task", "own judge", "this judge", "finished or not", "finished", "golds' words", "words"]
+    columns = ["step", "task", "own judge", "this judge", "finished or not", "finished", "golds' words", "names",
+               "words"]
     answers = [    # of two tasks; a word more is worth 0.01 before training
-        [0, 0, 0.1, 0, 0.50, 1, 0.1, 10], [0, 0, 0.1, 0, 0.60, 1, 0.1, 20],
-        [0, 1, 0.3, 0, 0.30, 1, 0.1, 10], [0, 1, 0.3, 0, 0.40, 1, 0.1, 20],
-        [5, 0, 0.4, 0, 0.75, 1, 0.2, 30], [5, 1, 0.4, 0, 0.55, 1, 0.2, 30]]
+        [0, 0, 0.1, 0, 0.50, 1, 0.1, 0.1, 10], [0, 0, 0.1, 0, 0.60, 1, 0.1, 0.1, 20],
+        [0, 1, 0.3, 0, 0.30, 1, 0.1, None, 10], [0, 1, 0.3, 0, 0.40, 1, 0.1, None, 20],
+        [5, 0, 0.4, 0, 0.75, 1, 0.2, 0.2, 30], [5, 1, 0.4, 0, 0.55, 1, 0.2, None, 30]]
     file, control = tmp_path / "policy_0.json", tmp_path / "shuffled_0.json"
     untrained = [[5, *row[1:]] for row in answers[:4]]
     colder = tmp_path / "base_0.json"    # its steps are temperatures; the last one is greedy
@@ -311,6 +312,7 @@ def test_learning_table(tmp_path, capsys):
     for line in (
             f"policy, step 5 less step 0 | judge that trains | 0.400 | 0.200 | {change} | +0.200 ± 0.000",
             "policy, step 5 less step 0 | other judge | 0.650 | 0.450 | +0.200 ± 0.000",
+            "policy, step 5 less step 0 | names in golds | 0.200 | 0.100 | +0.100 ± nan",
             "policy, step 5 less step 0 | words | 30.000 | 15.000 | +15.000",
             "policy, step 5 less step 0 | other judge, equal length | 0.350 | 0.300 | +0.050 ± 0.000",
             "policy less base, greedy | judge that trains | 0.400 | 0.300 | +0.100 ± 0.000",

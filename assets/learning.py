@@ -31,7 +31,8 @@ HELD_OUT_TASKS = 24
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)    # of the base model; 0 is greedy
 # Columns of `eval.py rejudge` and what they are called here.
 MEASURES = {"own judge": "judge that trains", "finished or not": "other judge",
-            "golds' words": "golds' words", "finished": "finished", "words": "words"}
+            "golds' words": "golds' words", "names": "names in golds",
+            "words": "words", "finished": "finished"}
 EQUAL = "other judge, equal length"    # its score less what length explains of it
 
 
@@ -108,8 +109,9 @@ def read_answers(file):
 
 
 def cell(values):
-    """Mean of values (n,) and half its 95% interval."""
-    mean, half = interval(np.asarray(values, dtype=float))
+    """Mean of values (n,) and half its 95% interval. NaN is left out: a task without names."""
+    values = np.asarray(values, dtype=float)
+    mean, half = interval(values[~np.isnan(values)])
     return f"{mean:+.3f} ± {half:.3f}"
 
 
@@ -117,18 +119,15 @@ def gate(file):
     """Of the base model's answers at temperature 1: what is the training judge's pick of a task's
     answers worth, above the task's mean, by measures that do not train? 95% over tasks.
     """
-    answers = read_answers(file)
-    tasks = answers[answers["step"] == 0].groupby("task")
-    rows = []
+    answers, rows = read_answers(file), []
+    answers = answers[answers["step"] == 0]
     for name, title in MEASURES.items():
         worth, correlations = [], []
-        for _, task in tasks:
-            task = task.dropna(subset=["own judge", name])
+        for _, task in answers.dropna(subset=["own judge", name]).groupby("task"):
             worth.append(task[name][task["own judge"].idxmax()] - task[name].mean())
             # Spearman's; NaN where all are equal
             correlations.append(task["own judge"].rank().corr(task[name].rank()))
-        correlations = np.array(correlations)
-        rows.append([title, cell(worth), cell(correlations[~np.isnan(correlations)])])
+        rows.append([title, cell(worth), cell(correlations)])
     print_table(["by", "best of a task less the mean", "rank correlation within tasks"], rows)
 
 
@@ -177,9 +176,9 @@ def gap_rows(title, values, others):
     rows, gaps = [], values - others
     for i, name in enumerate([*MEASURES.values(), EQUAL]):
         gap = gaps[:, :, i]
-        over_seeds = cell(gap.mean(axis=1)) if len(gap) > 1 else "-"
-        rows.append([title, name, f"{values[..., i].mean():.3f}", f"{others[..., i].mean():.3f}",
-                     cell(gap.mean(axis=0)), over_seeds])
+        over_seeds = cell(np.nanmean(gap, axis=1)) if len(gap) > 1 else "-"
+        means = [f"{np.nanmean(side[..., i]):.3f}" for side in (values, others)]
+        rows.append([title, name, *means, cell(gap.mean(axis=0)), over_seeds])
     return rows
 
 
@@ -187,20 +186,21 @@ def draw(arms, base, out):
     """Curves: mean of seeds; bars: 95% of the change over tasks; dashed: the base model, greedy."""
     from matplotlib import pyplot
     pyplot.rcParams["svg.fonttype"] = "none"    # text stays text
-    figure, axes = pyplot.subplots(1, 4, figsize=(11, 3), layout="tight")
-    for axis, index in zip(axes, (0, 1, 2, 4), strict=True):
+    figure, axes = pyplot.subplots(2, 3, figsize=(9, 5.5), layout="tight")
+    for index, axis in enumerate(axes.flat):
         for i, (arm, files) in enumerate(arms.items()):
             values, steps = by_task(files)
             tasks = values[..., index].mean(axis=0)    # (tasks, steps)
+            tasks = tasks[~np.isnan(tasks).any(axis=1)]
             _, half = interval(tasks - tasks[:, :1])
             axis.errorbar(steps, tasks.mean(axis=0), yerr=half, marker="o", capsize=3,
                           color=f"C{i}", label=arm)
         if base:
-            greedy = by_task([base])[0][0, :, -1, index].mean()
+            greedy = np.nanmean(by_task([base])[0][0, :, -1, index])
             axis.axhline(greedy, color="gray", linestyle="--", label="base, greedy")
         axis.set_title(list(MEASURES.values())[index], fontsize=10)
         axis.set_xlabel("step")
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(out)
 
 
