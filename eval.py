@@ -766,7 +766,8 @@ def rejudge(cfg: EvalConfig, run: str) -> None:
     verdicts = judge_answers(cfg, units, None)
     print(f"{len(units)} answers, {verdicts.count(None)} without a verdict of {cfg.judge_model}")
     rows = []
-    for (step, group, completion), (item, text), ratings in zip(answers, units, verdicts, strict=True):
+    judged = zip(answers, units, verdicts, strict=True)
+    for (step, group, completion), (item, text), ratings in judged:
         rated = score_own(item, ratings)[0] if ratings else None
         finished = completion["answer"] != ""
         words = golds[group.task] - long_words([group.task])
