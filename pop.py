@@ -1118,7 +1118,7 @@ def read_tasks(folder: Path) -> list[Group]:
 
 def save_tasks(path: Path, groups: list[Group]) -> None:
     """Adds a line for each group to a task file; a kill leaves the file as it was."""
-    before = path.read_bytes().splitlines() if path.exists() else []
+    before = path.read_bytes().splitlines() if path.exists() else []    # some deleted by hand
     lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
     part = path.with_suffix(".part")
     part.write_bytes(b"\n".join([*before, *lines, b""]))

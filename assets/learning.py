@@ -2,14 +2,14 @@
 
     python -m assets.learning tasks FILE [flags of pop.py]      # of all documents, by --model
     python -m assets.learning folder FILE OUT STEPS PER_STEP    # 24 are held out
-    python -m assets.learning base OUT [flags]      # the base model's answers, also colder ones
+    python -m assets.learning colder OUT [flags]    # answers of the base model, or of --run_dir
     python -m assets.learning gate FILE             # of these: is there something to learn?
     python -m assets.learning run ARM [flags]       # ARM: policy, or shuffled, the control
     python -m assets.learning table FILE ...        # all arms and seeds, and assets/learning.svg
-    python -m assets.learning read RUN              # answers before and after, and a key
+    python -m assets.learning read RUN              # answers before and after
 
 FILE of `gate` and `table` is what `eval.py rejudge RUN --judge OTHER_MODEL` writes for a run, or
-for OUT of `base`; `table` wants it renamed to ARM_SEED.json. The flags are pop.py's, with --tasks
+for OUT of `colder`; `table` wants it renamed to ARM_SEED.json. The flags are pop.py's, with --tasks
 from `folder`.
 """
 import json
@@ -28,7 +28,7 @@ import pandas
 from eval import interval, print_table
 
 HELD_OUT_TASKS = 24
-TEMPERATURES = (1.0, 0.7, 0.4, 0.0)    # of the base model; 0 is greedy
+TEMPERATURES = (1.0, 0.7, 0.4, 0.0)    # 0 is greedy
 # Columns of `eval.py rejudge` and what they are called here.
 MEASURES = {"own judge": "judge that trains", "finished or not": "other judge",
             "golds' words": "golds' words", "names": "names in golds",
@@ -69,15 +69,21 @@ def write_folder(file, out, steps, per_step):
 
 
 def answer_colder(out, cfg):
-    """What training could gain by being surer alone: a run's measures, one for each temperature."""
+    """What being surer is worth: the last checkpoint of --run_dir, or the base model, when colder."""
     for name in ("rollouts", "tasks"):
         Path(out, name).mkdir(parents=True)
     engine = pop.Engine(cfg)
+    engine.sleep()
+    with engine.vllm_context():
+        model = pop.load_policy(cfg)
+    for newest in sorted(Path(cfg.run_dir).glob("checkpoints/step_*"))[-1:]:
+        pop.load_checkpoint(newest, model, pop.make_optimizer(model, cfg))
     held_out = [group for group in pop.read_tasks(Path(cfg.tasks)) if group.step == pop.HELD_OUT]
     for number, temperature in enumerate(TEMPERATURES):
-        cfg.temperature = temperature
         groups = deepcopy(held_out)
-        pop.sample_answers(engine, groups, cfg)
+        engine.load_weights(model, "policy")
+        pop.sample_answers(engine, groups, replace(cfg, temperature=temperature))
+        engine.load_weights(model, "base")
         pop.score_answers(engine, groups, cfg)
         pop.log_step(Path(out), dict(step=number) | pop.held_out_metrics(groups), groups, cfg)
     engine.close()
@@ -205,22 +211,17 @@ def draw(arms, base, out):
 
 
 def read_pairs(run, count=20):
-    """First answers before and after training, in random order; the key goes to a file."""
+    """First answers to held-out tasks, before and after training."""
     measures = sorted(Path(run, "rollouts").glob("step_*.jsonl"))
     sides = []
     for file in (measures[0], measures[-1]):
         rows = [json.loads(line) for line in open(file, encoding="utf-8")]
         sides.append([row for row in rows if row["step"] == pop.HELD_OUT and row["completions"]])
-    rng, key = random.Random(0), []
     for before, after in list(zip(*sides, strict=True))[:count]:
         golds = " | ".join(criterion["gold"] for criterion in before["rubric"])
         print(f"\n## {before['row']}. {before['task']}\ngolds: {golds}")
-        pair = [("before", before), ("after", after)]
-        rng.shuffle(pair)
-        for name, (_, row) in zip("AB", pair, strict=True):
+        for name, row in (("before", before), ("after", after)):
             print(f"{name}: {row['completions'][0]['text'].strip()}")
-        key.append([row["row"] for _, row in pair[:1]] + [side for side, _ in pair])
-    Path(run, "pairs_key.json").write_text(json.dumps(key))
 
 
 def main(command, *rest):
@@ -241,7 +242,7 @@ def main(command, *rest):
         first, *flags = rest
         cfg = pop.parse_args(flags)
         cfg.model = pop.find_model(cfg.model)
-        dict(tasks=write_tasks, base=answer_colder, run=train)[command](first, cfg)
+        dict(tasks=write_tasks, colder=answer_colder, run=train)[command](first, cfg)
 
 
 if __name__ == "__main__":
