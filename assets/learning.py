@@ -192,7 +192,7 @@ def draw(arms, base, out):
     """Curves: mean of seeds; bars: 95% of the change over tasks; dashed: the base model, greedy."""
     from matplotlib import pyplot
     pyplot.rcParams["svg.fonttype"] = "none"    # text stays text
-    figure, axes = pyplot.subplots(2, 3, figsize=(9, 5.5), layout="tight")
+    figure, axes = pyplot.subplots(2, 3, figsize=(7.5, 5), layout="tight")
     for index, axis in enumerate(axes.flat):
         for i, (arm, files) in enumerate(arms.items()):
             values, steps = by_task(files)
