@@ -434,7 +434,7 @@ def load_corpus(cfg: Config) -> list[str]:
             documents[cut_words(text, cfg.max_doc_words)] = None
         if len(documents) == wanted:
             break
-    print(f"{name}: {len(documents)} documents in column {column} of {count} rows", flush=True)
+    print(f"{name}, {column}: {len(documents)} of {wanted} documents, {count} rows", flush=True)
     if len(documents) <= cfg.eval_docs:
         fail(f"corpus {name}: has no document of {cfg.min_doc_words} words that is not held out")
     return list(documents)

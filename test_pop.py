@@ -2187,8 +2187,10 @@ def test_intervals():
         assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
     repeated = compared("own", [answers * 9 for answers in prompts])    # nine times says no more
     assert repeated["difference"] == pytest.approx(found["difference"])
-    mean, half = evals.interval(np.array([1.0, 2.0, 3.0]))
-    assert mean == 2.0 and half == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
+    for n, t in ((3, 4.303), (10, 2.262), (11, 2.228), (24, 2.069), (101, 1.984)):
+        mean, half = evals.interval(gain[:n])
+        assert mean == pytest.approx(gain[:n].mean())
+        assert half == pytest.approx(t * gain[:n].std(ddof=1) / n ** 0.5, rel=0.01)
 
 def test_agreement_of_a_judge(evaluation, tmp_path, capsys):
     """Accuracy hides a judge that always says yes; labels and verdicts of different rows meet."""
