@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec, module_from_spec
+from inspect import getsource
 from itertools import chain, product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -37,40 +38,38 @@ from typing import Annotated, Any, Literal
 import pop    # before PyTorch, because it loads OpenMP
 import numpy as np
 import pandas
-import torch
 from jinja2 import TemplateError
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, validate_call
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from typing_extensions import TypedDict
-from pop import Completion, Criterion, Group, Messages, Reply, Request, fail, flag
-
-CUDA = torch.cuda.is_available()
-BenchmarkName = Literal[
-    "healthbench", "healthbench_hard", "healthbench_consensus", "creative_writing", "arena_hard",
-    "arena_hard_v0.1", "ifeval", "writingbench", "own"]
+from pop import CUDA, Completion, Criterion, Group, Messages, Reply, Request, fail
 
 @dataclass
 class EvalConfig:
-    """Each field is a flag. What is None, and needed, is filled in by `check_settings`."""
-    model: str | None = flag(None, "checkpoint of a run, model folder or hub name")
-    baseline: str | None = flag(None, "model to compare with; default: what a LoRA model adapts")
-    benchmark: BenchmarkName | None = flag(None, "prompts, and how answers are judged")
-    data: str | None = flag(None, "file in the benchmark's format; own: task file, prompts, corpus")
-    references: str | None = flag(None, "arena_hard: file of answers; default: the published ones")
-    limit: int = flag(0, "number of prompts, drawn at random but always the same; 0: all")
-    seeds: int = flag(1, "answers to each prompt")
-    temperature: float | None = flag(None, "of the answers; default: the benchmark's own")
-    max_new_tokens: int = flag(2048, "tokens in an answer")
-    answer_form: Literal["plain", "tagged"] = flag("plain", "own: as in pop.py")
-    domain: Literal["general", "health", "writing"] = flag("general", "own: as in pop.py")
-    judge: str | None = flag(None, "model folder, hub name, or OpenAI-compatible URL")
-    judge_model: str | None = flag(None, "model name at that URL; its key: $OPENAI_API_KEY")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "own, rejudge: as in pop.py")
-    labels: str | None = flag(None, "JSONL of {prompt, answer, criterion, points, criteria_met}")
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16" if CUDA else "float32", "of models")
-    max_model_len: int = flag(16384, "tokens of prompt and reply; longer ones are left out")
-    out: str = flag("evals", "folder of results and caches")
+    """Each field is a flag, and --help prints this block. What is None, and needed, is filled in by
+    `check_settings`.
+    """
+    model: str | None = None    # checkpoint of a run, model folder or hub name
+    baseline: str | None = None    # model to compare with; default: what a LoRA model adapts
+    benchmark: Literal[    # prompts, and how answers are judged
+        "healthbench", "healthbench_hard", "healthbench_consensus", "creative_writing",
+        "arena_hard", "arena_hard_v0.1", "ifeval", "writingbench", "own"] | None = None
+    data: str | None = None    # file in the benchmark's format; own: task file, prompts, corpus
+    references: str | None = None    # arena_hard: file of answers; default: the published ones
+    limit: int = 0    # number of prompts, drawn at random but always the same; 0: all
+    seeds: int = 1    # answers to each prompt
+    temperature: float | None = None    # of the answers; default: the benchmark's own
+    max_new_tokens: int = 2048    # tokens in an answer
+    answer_form: Literal["plain", "tagged"] = "plain"    # own: as in pop.py
+    domain: Literal["general", "health", "writing"] = "general"    # own: as in pop.py
+    judge: str | None = None    # model folder, hub name, or OpenAI-compatible URL
+    judge_model: str | None = None    # model name at that URL; its key: $OPENAI_API_KEY
+    scoring: Literal["pointwise", "expected"] = "pointwise"    # own, rejudge: as in pop.py
+    labels: str | None = None    # JSONL of {prompt, answer, criterion, points, criteria_met}
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if CUDA else "float32"    # of models
+    max_model_len: int = 16384    # tokens of prompt and reply; longer ones are left out
+    out: str = "evals"    # folder of results and caches
 
 # ---- 2. benchmarks ----
 Row = dict[str, Any]    # a line of a file, or a reply of a judge
@@ -833,8 +832,8 @@ def write_report(run_dir: Path, out: Path) -> Path:
 # ---- 7. main ----
 def parse_args(argv: Sequence[str]) -> EvalConfig:
     """Command line -> settings. `own` on the task file of a run has the defaults of that run."""
-    usage = "python eval.py [report RUN .. | rejudge RUN .. | judge] [--flag value ...]"
-    parser = HfArgumentParser(EvalConfig, usage=usage, allow_abbrev=False)
+    parser = HfArgumentParser(EvalConfig, allow_abbrev=False)
+    parser.format_help = lambda: f"{__doc__}\n{getsource(EvalConfig)}"
     parser.error = fail    # one line, not all flags again
     chosen = parser.parse_known_args(argv)[0]
     folder = Path(chosen.data or "").parent

@@ -45,7 +45,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, groupby, islice
+from inspect import getsource
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -68,6 +69,7 @@ from pyarrow.parquet import ParquetFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from typing_extensions import TypedDict    # pydantic wants this one before Python 3.12
@@ -77,6 +79,7 @@ from typing_extensions import TypedDict    # pydantic wants this one before Pyth
 # groups; they share out the prompts of a call (Engine.generate) and the batches of an update.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
 CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def fail(message: str) -> NoReturn:
@@ -90,56 +93,53 @@ def gather(value: Any) -> list:
         dist.all_gather_object(values, value)
     return values
 
-def flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata=dict(help=help))
-
 @dataclass
 class Config:
-    """Each field is a flag. (paper): the paper's value or choice."""
+    """Each field is a flag, and --help prints this block. (paper): the paper's value or choice."""
     # model and corpus
-    model: str = flag("Qwen/Qwen2.5-7B", "hub name or folder, for all roles")
-    domain: Literal["general", "health", "writing"] = flag("general", "picks prompts and corpus")
-    corpus: str | None = flag(None, "hub name, .txt/.jsonl/.parquet or folder; else the domain's")
-    tasks: str | None = flag(None, "folder of another run's tasks, to train on the same ones")
-    preset: Literal["default", "paper", "tiny"] = flag("default", "named defaults; other flags win")
-    run_dir: str | None = flag(None, "folder of this run; default: a new one in runs/")
-    resume: bool = flag(False, "go on from the newest checkpoint in --run_dir")
-    seed: int = flag(0, "documents, sampling and LoRA initialisation derive from it")
+    model: str = "Qwen/Qwen2.5-7B"    # hub name or folder, for all roles
+    domain: Literal["general", "health", "writing"] = "general"    # picks prompts and corpus
+    corpus: str | None = None    # hub name, .txt/.jsonl/.parquet or folder; else the domain's
+    tasks: str | None = None    # folder of another run's tasks, to train on the same ones
+    preset: Literal["default", "paper", "tiny"] = "default"    # named defaults; other flags win
+    run_dir: str | None = None    # folder of this run; default: a new one in runs/
+    resume: bool = False    # go on from the newest checkpoint in --run_dir
+    seed: int = 0    # documents, sampling and LoRA initialisation derive from it
     # size of a step
-    num_steps: int = flag(200, "steps in total")
-    docs_per_step: int = flag(16, "documents in a step; each becomes one group")
-    num_generations: int = flag(8, "answers in a group (paper: 32)")
-    max_new_tokens: int = flag(1024, "tokens in an answer; it is cut off there")
-    task_steps: int = flag(8, "tasks are written for that many steps at once")
-    min_doc_words: int = flag(50, "documents with fewer words are skipped")
-    max_doc_words: int = flag(1024, "words used of a document (paper)")
+    num_steps: int = 200    # steps in total
+    docs_per_step: int = 16    # documents in a step; each becomes one group
+    num_generations: int = 8    # answers in a group (paper: 32)
+    max_new_tokens: int = 1024    # tokens in an answer; it is cut off there
+    task_steps: int = 8    # tasks are written for that many steps at once
+    min_doc_words: int = 50    # documents with fewer words are skipped
+    max_doc_words: int = 1024    # words used of a document (paper)
     # sampling and judging
-    temperature: float = flag(1.0, "of answers; training uses the same one (paper)")
-    task_temperature: float = flag(1.0, "of tasks; small models need a lower one")
-    answer_form: Literal["plain", "tagged"] = flag("plain", "tagged: reason, then <answer> (paper)")
-    scoring: Literal["pointwise", "expected"] = flag("pointwise", "expected: uses P(Yes), see rate")
-    judge_url: str | None = flag(None, "judge at this OpenAI-compatible URL (http://host/v1)")
-    judge_model: str | None = flag(None, "model name at --judge_url; its key: $OPENAI_API_KEY")
-    rubric_candidates: int = flag(0, "answers the rubric writer sees, see pick_candidates")
+    temperature: float = 1.0    # of answers; training uses the same one (paper)
+    task_temperature: float = 1.0    # of tasks; small models need a lower one
+    answer_form: Literal["plain", "tagged"] = "plain"    # tagged: reason, then <answer> (paper)
+    scoring: Literal["pointwise", "expected"] = "pointwise"    # expected: uses P(Yes), see rate
+    judge_url: str | None = None    # judge at this OpenAI-compatible URL (http://host/v1)
+    judge_model: str | None = None    # model name at --judge_url; its key: $OPENAI_API_KEY
+    rubric_candidates: int = 0    # answers the rubric writer sees, see pick_candidates
     # update
-    loss: Literal["pg", "dpo"] = flag("pg", "policy gradient, or dpo: offline, as in the paper")
-    advantage: Literal["mean", "grpo"] = flag("mean", "with --loss pg; grpo divides by the std")
-    ratio_cap: float = flag(2.0, "upper limit of a token's importance ratio, with --loss pg")
-    dpo_beta: float = flag(0.01, "pull to the base model, with --loss dpo (paper)")
-    lora_rank: int = flag(32, "of adapters on all linear layers; 0: full weights (paper)")
-    learning_rate: float | None = flag(None, "default: 1e-4 for LoRA, 1e-6 for full (paper)")
-    warmup_steps: int | None = flag(None, "default: 5, with cosine a tenth of the run (paper)")
-    lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine falls to 0 (paper)")
-    micro_batch_tokens: int = flag(4096, "tokens, padding included, in a forward pass")
-    offload_optimizer: bool = flag(False, "fp32 weights and AdamW moments live in host memory")
+    loss: Literal["pg", "dpo"] = "pg"    # policy gradient, or dpo: offline, as in the paper
+    advantage: Literal["mean", "grpo"] = "mean"    # with --loss pg; grpo divides by the std
+    ratio_cap: float = 2.0    # upper limit of a token's importance ratio, with --loss pg
+    dpo_beta: float = 0.01    # pull to the base model, with --loss dpo (paper)
+    lora_rank: int = 32    # of adapters on all linear layers; 0: full weights (paper)
+    learning_rate: float | None = None    # default: 1e-4 for LoRA, 1e-6 for full (paper)
+    warmup_steps: int | None = None    # default: 5, with cosine a tenth of the run (paper)
+    lr_schedule: Literal["constant", "cosine"] = "constant"    # cosine falls to 0 (paper)
+    micro_batch_tokens: int = 4096    # tokens, padding included, in a forward pass
+    offload_optimizer: bool = False    # fp32 weights and AdamW moments live in host memory
     # engine
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto is bfloat16, on a GPU only")
-    gpu_memory_utilization: float = flag(0.6, "share of the GPU for vLLM while it samples")
-    max_model_len: int = flag(8192, "tokens of prompt and reply; what is longer is dropped")
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"    # auto is bfloat16, on a GPU only
+    gpu_memory_utilization: float = 0.6    # share of the GPU for vLLM while it samples
+    max_model_len: int = 8192    # tokens of prompt and reply; what is longer is dropped
     # save and measure
-    save_every: int = flag(50, "steps between checkpoints")
-    eval_every: int = flag(0, "steps between measures on held-out tasks; 0: never")
-    eval_docs: int = flag(16, "documents held out for that; none without --eval_every")
+    save_every: int = 50    # steps between checkpoints
+    eval_every: int = 0    # steps between measures on held-out tasks; 0: never
+    eval_docs: int = 16    # documents held out for that; none without --eval_every
 
 PRESETS: dict = {
     # SmolLM2-135M-Instruct out of a Python package. In JSON so small a judge rates all alike.
@@ -155,7 +155,8 @@ PRESETS: dict = {
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Command line -> Config. Exits with one line on values that cannot work together."""
-    parser = HfArgumentParser(Config, usage="python pop.py [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(Config, allow_abbrev=False)
+    parser.format_help = lambda: f"{__doc__}\n{getsource(Config)}"
     parser.error = fail    # one line, not all flags again
     # A first look finds the preset. Its values become the defaults, so that other flags win.
     chosen = parser.parse_known_args(argv)[0]
@@ -174,7 +175,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
     if cfg.warmup_steps is None:
         cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
-    if cfg.dtype == "auto" and torch.cuda.is_available():    # without a GPU check_run refuses it
+    if cfg.dtype == "auto" and CUDA:    # without a GPU check_run refuses it
         cfg.dtype = "bfloat16"
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
     return cfg
@@ -396,12 +397,11 @@ def read_rows(path: Path) -> Iterator[dict]:
                 for batch in ParquetFile(file).iter_batches(columns=TEXT_COLUMNS):
                     yield from batch.to_pylist()
             elif file.suffix == ".txt":    # documents end at blank lines
-                for blank, lines in groupby(open(file, encoding="utf-8-sig"), str.isspace):
-                    text = "".join(lines)
-                    if "\0" in text:    # UTF-16 without its mark
-                        raise ValueError("not UTF-8")
-                    if not blank:
-                        yield dict(text=text)
+                text = file.read_text(encoding="utf-8-sig")
+                if "\0" in text:    # UTF-16 without its mark
+                    raise ValueError("not UTF-8")
+                for document in re.split(r"\n\s*\n", text.strip()):
+                    yield dict(text=document)
             elif file.suffix == ".jsonl":
                 for number, line in enumerate(open(file, encoding="utf-8-sig"), start=1):
                     if not line.isspace():
@@ -619,7 +619,7 @@ def load_policy(cfg: Config) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
                 model.set_submodule(name, LoRALinear(module, cfg.lora_rank))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if CUDA else "cpu")
     model.states = dict(policy={}, base=trained_state(model))
     return model
 
@@ -640,12 +640,11 @@ def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None
 @torch.no_grad()
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
-    modules = dict(model.named_modules())
     for name, tensor in model.state_dict().items():
         path, _, kind = name.rpartition(".")
         if kind in ("lora_A", "lora_B") or name in model.all_tied_weights_keys:
             continue
-        layer = modules[path]
+        layer = model.get_submodule(path)
         if kind == "weight" and isinstance(layer, LoRALinear):
             merged = tensor.float() + LORA_SCALE * layer.lora_B @ layer.lora_A    # (out, in)
             tensor = merged.to(tensor.dtype)
@@ -710,16 +709,17 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
     """A micro-batch (B, T), padded right. Masks come from lengths: EOS may be the pad token."""
-    def pad(rows: list[list]) -> Tensor:    # (B, T)
-        tensors = [torch.tensor(row, device=device) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-    zeros = [[0] * len(c.prompt_ids) for c in completions]
-    ones = [[1] * len(c.token_ids) for c in completions]
+    input_ids, attention_mask, target_mask, engine_logprobs = [], [], [], []
+    for c in completions:
+        zeros, ones = [0] * len(c.prompt_ids), [1] * len(c.token_ids)
+        input_ids.append(torch.tensor(c.prompt_ids + c.token_ids))
+        attention_mask.append(torch.tensor([1] * len(zeros + ones)))    # prompt and answer
+        target_mask.append(torch.tensor(zeros + ones))                  # answer
+        engine_logprobs.append(torch.tensor(zeros + c.engine_logprobs))
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)    # to (B, T)
     return SimpleNamespace(
-        input_ids=pad([c.prompt_ids + c.token_ids for c in completions]),
-        attention_mask=pad([[1] * len(z + o) for z, o in zip(zeros, ones)]),    # prompt and answer
-        target_mask=pad([z + o for z, o in zip(zeros, ones)]),                  # answer
-        engine_logprobs=pad([z + c.engine_logprobs for z, c in zip(zeros, completions)]),
+        input_ids=pad(input_ids).to(device), attention_mask=pad(attention_mask).to(device),
+        target_mask=pad(target_mask).to(device), engine_logprobs=pad(engine_logprobs).to(device),
         advantages=torch.tensor([c.advantage for c in completions], device=device))    # (B,)
 
 def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tuple[Tensor, Metrics]:
@@ -765,7 +765,7 @@ def add_main_grad(p: nn.Parameter) -> None:
     grad, p.grad = p.grad.float(), None
     p.main_grad = grad if p.main_grad is None else p.main_grad.add_(grad)
 
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, cfg: Config) -> Optimizer:
     """AdamW over fp32 masters, since bf16 weights would round a step of 1e-6 away.
     Each rank has the masters and moments of its share of the parameters (ZeRO stage 1, arXiv
     1910.02054). An fp32 parameter, as in LoRA, is its own master, unless masters are offloaded.
@@ -778,12 +778,12 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
         if p.owner == RANK:
             device = "cpu" if cfg.offload_optimizer else p.device
             masters[name] = nn.Parameter(p.detach().to(device, torch.float32))
-    optimizer = torch.optim.AdamW(masters.values(), cfg.learning_rate, weight_decay=0, fused=True)
+    optimizer = AdamW(masters.values(), cfg.learning_rate, weight_decay=0, fused=True)
     optimizer.masters, optimizer.waiting = masters, []
     return optimizer
 
 @torch.no_grad()
-def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def copy_masters(model: nn.Module, optimizer: Optimizer) -> None:
     """Round each master into its parameter, on all ranks."""
     for name, p in trainable(model).items():
         if p.owner == RANK:
@@ -792,7 +792,7 @@ def copy_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             dist.broadcast(p.detach(), src=p.owner)
 
 @torch.no_grad()
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def optimizer_step(model: nn.Module, optimizer: Optimizer) -> float:
     """AdamW on the gradients of all ranks, clipped to norm 1. Returns the norm before clipping."""
     parameters = trainable(model)
     for p in parameters.values():
@@ -814,10 +814,11 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
-    warm_up = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    progress = max(0, step - cfg.warmup_steps) / max(1, cfg.num_steps - cfg.warmup_steps)
-    decay = (1 + math.cos(math.pi * progress)) / 2 if cfg.lr_schedule == "cosine" else 1.0
-    return cfg.learning_rate * warm_up * decay
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return cfg.learning_rate * (cosine if cfg.lr_schedule == "cosine" else 1.0)
 
 # ---- 11. engine ----
 # For models without a chat template. EOS after assistant turns teaches where to stop. The last
@@ -857,7 +858,7 @@ class Engine:
         self.cfg = cfg
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.read_tokenizer()
-        if torch.cuda.is_available():
+        if CUDA:
             device = dict(enable_sleep_mode=True, max_num_seqs=256)
         else:
             # Compiling takes minutes here, and vLLM compiles its sampler even if eager.
@@ -871,7 +872,7 @@ class Engine:
         self.llm = LLM(
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
-            enforce_eager=not torch.cuda.is_available(), use_tqdm_on_load=False,
+            enforce_eager=not CUDA, use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",    # at the temperature (greedy: 1), as in training
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
@@ -916,7 +917,7 @@ class Engine:
         """One completion per request, in one batch. Each rank samples its share; all get all."""
         share = math.ceil(len(requests) / WORLD)
         parts = gather(self.sample(requests[RANK * share:(RANK + 1) * share], role))
-        return [completion for part in parts for completion in part]
+        return list(chain(*parts))
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
         """`generate` on this rank; what does not fit is too_long. role is for fakes in tests."""
@@ -977,12 +978,12 @@ class Engine:
 
     def sleep(self) -> None:
         """Give the GPU to the trainer. Nothing is kept: load_weights hands all weights over."""
-        if torch.cuda.is_available():
+        if CUDA:
             self.llm.sleep(level=2)
 
     def wake(self, *parts: str) -> None:
         """Take the GPU back for "weights", "kv_cache", or (none named) both."""
-        if torch.cuda.is_available():
+        if CUDA:
             torch.cuda.empty_cache()    # return the trainer's cached blocks first
             self.llm.wake_up(tags=list(parts) or None)
 
@@ -1250,8 +1251,7 @@ PRINTED = ("reward_mean finished answer_tokens groups_kept grad_norm engine_gap 
 def clock(metrics: dict, phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    key = f"seconds/{phase}"
-    metrics[key] = round(metrics.get(key, 0.0) + time.perf_counter() - start, 1)
+    metrics[f"seconds/{phase}"] = round(time.perf_counter() - start, 1)
 
 def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
     """Rewards, lengths, tokens a second of the step; how often and why something was dropped."""
@@ -1298,7 +1298,7 @@ def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> 
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
     print(f"step {metrics['step']}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
 
-def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
     """checkpoints/step_NNNNNN, complete or absent: all that a run needs to go on, but its tasks."""
     part = run_dir / "checkpoints" / f"step_{step:06d}.part"
@@ -1330,7 +1330,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
     part.rename(part.with_suffix(""))
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
     """Returns the steps made. The number of ranks may differ from that of the save."""
     state = {}
     for file in folder.glob("trainer/rank_*.pt"):
@@ -1411,9 +1411,9 @@ def main(cfg: Config) -> None:
     if (RANK or WORLD > 1) and "LOCAL_RANK" not in os.environ:
         fail("RANK or WORLD_SIZE is set, but not by torchrun: start with it, or unset them")
     if WORLD > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # ---- start: what can fail fails here ----
     cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
@@ -1481,7 +1481,7 @@ def main(cfg: Config) -> None:
                 metrics["grad_norm"] = optimizer_step(model, optimizer)    # not finite: no step
         # ---- log, save ----
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
-        if torch.cuda.is_available():
+        if CUDA:
             free, total = torch.cuda.mem_get_info()    # PyTorch still holds what the update used
             metrics["peak_memory_gb"] = (total - free) / 2**30
         log_step(run_dir, metrics, groups + measured, cfg)

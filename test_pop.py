@@ -879,17 +879,17 @@ def test_engine_samples_each_request(make_cfg, vllm):
 def test_engine_and_trainer_take_turns(make_cfg, vllm, monkeypatch):
     """The trainer works beside an engine that is awake; the KV cache wakes before a reload or keeps
     old blocks; the policy answers as base; the engine is shut down asleep."""
-    def watched(name, **on_host):    # there is no GPU to hold a model
+    def watched(name, cuda):
         def call(*args, function=getattr(pop, name)):
             FakeEngine.last.calls.append(name)
             with monkeypatch.context() as patch:
-                for attribute, value in on_host.items():
-                    patch.setattr(torch.cuda, attribute, value)
+                patch.setattr(pop, "CUDA", cuda)
                 return function(*args)
         monkeypatch.setattr(pop, name, call)
-    watched("load_policy", is_available=lambda: False)
-    watched("optimizer_step")
-    gpu = dict(is_available=True, set_device=None, mem_get_info=(3 << 30, 8 << 30))
+    monkeypatch.setattr(pop, "CUDA", True)
+    watched("load_policy", cuda=False)    # there is no GPU to hold a model
+    watched("optimizer_step", cuda=True)
+    gpu = dict(set_device=None, mem_get_info=(3 << 30, 8 << 30))
     for name, value in gpu.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     vllm.LLM = SleepingEngine.start_vllm
@@ -1791,7 +1791,8 @@ def test_documented_names_and_links():
     sources = "".join(map(page, files))
     for hunks in EDITS.values():
         sources += "".join(new for _, new in hunks)
-    flags = {"help", *re.findall(r"^    (\w+): (?:.*= flag\(|Literal)", sources, re.MULTILINE)}
+    flags = {"help", *vars(pop.Config()), *vars(evals.EvalConfig())}
+    flags |= set(re.findall(r"^    (\w+): float = ", sources, re.MULTILINE))    # of edits
     for source in PAGES:
         text = re.sub(r"```.*?```", "", page(source), flags=re.DOTALL)
         quoted = " ".join(re.findall(r"`([^`]+)`", text))
@@ -2508,6 +2509,7 @@ def learn(cfg: pop.Config, engine: Engine) -> None:
 def look(command: str, *flags: str) -> dict[str, Any]:
     """weights: of the tiny preset with these flags. all: guided texts and a run, too."""
     os.environ.pop("CUDA_VISIBLE_DEVICES")    # this is no test: it may use the GPU and all cores
+    pop.CUDA = torch.cuda.is_available()
     torch.set_num_threads(pop.CPU_THREADS)
     cfg = pop.parse_args(["--preset", "tiny", *flags])
     cfg.model = pop.find_model(cfg.model)
