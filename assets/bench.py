@@ -1,26 +1,24 @@
 """Measurements, not tests, of minutes to an hour each: python -m pytest assets/bench.py -s    (-k takes one)
 
-Updates and DPO beside TRL's (pip install --no-deps trl==1.16.0), memory over many steps, rollouts beside the published
-schedule, and the table of learning.py, which needs what requirements-cpu.txt does not install: matplotlib.
+Updates and DPO beside TRL's (pip install --no-deps trl==1.16.0), memory over many steps, and the table of learning.py,
+which needs what requirements-cpu.txt does not install: matplotlib.
 """
 import json
 import os
 import random
-import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 # Before torch: this sets the environment. needs_vllm and tiny_policy are fixtures.
-from test_pop import TINY, found_by, needs_vllm, start_real, start_server, tiny_policy
+from test_pop import TINY, found_by, needs_vllm, start_real, tiny_policy
 
 import torch
 
 import pop
-from pop import Completion, Group, ParseError
+from pop import Completion
 
 # Two steps on given answers, here and by TRL: speed of the second, most memory, numbers of the first.
 METER = """
@@ -198,96 +196,6 @@ def test_memory_does_not_grow(needs_vllm, tmp_path):
     print("GB after each step:", *[f"{x:.3f}" for x in gb])
     print(f"{1024 * slope:.2f} MB a step, standard error {1024 * noise:.2f}")
     assert slope < max(3 * noise, 1e-3)
-
-
-ROLLOUTS = """
-import json, sys, pop
-cfg = pop.parse_args(sys.argv[2:])
-cfg.model = pop.find_model(cfg.model)
-documents, engine = pop.corpus_batch(pop.load_corpus(cfg), int(sys.argv[1]), cfg), pop.Engine(cfg)
-metrics, groups = {}, [pop.Group(document, step=0, row=row) for row, document in enumerate(documents)]
-with pop.clock(metrics, "all"):
-    pop.propose_tasks(engine, groups, cfg, seen=[])
-    pop.write_rubrics(engine, groups, cfg)
-    pop.sample_answers(engine, groups, cfg)
-    pop.score_answers(engine, groups, cfg)
-scores = [[c.score for c in group.completions if c.answer and c.ratings] for group in groups]
-print(json.dumps([metrics["seconds/all"], scores]))
-"""
-
-
-def official_schedule(url, documents, cfg):
-    """(seconds, scores of each document) by the published schedule: 16 documents at a time, each with one request after
-    another, its answers scored one by one; JSON is asked for in words; five tries for a task, and for answers while at
-    most a quarter of them is finished; one for rubric and scores; what cannot be read is lost with all that was sampled
-    for it. Prompts are ours, so answers are plain."""
-    import openai
-    client = openai.OpenAI(base_url=url, api_key="none", timeout=7200, max_retries=0)
-
-    def ask(messages, temperature, max_tokens, n=1):
-        reply = client.chat.completions.create(model="m", messages=messages, temperature=temperature,
-                                               max_tokens=max_tokens, n=n)
-        return [c.message.content or "" for c in reply.choices if c.finish_reason == "stop"]
-
-    def read(kind, *request):
-        try:
-            return pop.parse_json(ask(*request)[0], pop.TypeAdapter(kind))
-        except (IndexError, ParseError):
-            return None
-
-    def example(document):
-        task, answers, scores = None, [], []
-        for _ in range(5):
-            prompt = pop.proposer_prompt(document, cfg)
-            task = task or read(pop.Task, prompt, cfg.task_temperature, 2 * cfg.max_new_tokens + 100)
-        if task is None:
-            return []
-        prompt = pop.solver_prompt(task.task, cfg)
-        for _ in range(5):
-            if len(answers) <= cfg.num_generations // 4:
-                answers += ask(prompt, cfg.temperature, cfg.max_new_tokens, cfg.num_generations)
-        group = Group(document, task=task.task, reference=task.reference)
-        rubric = read(pop.Rubric, pop.rubric_prompt(group, "", cfg), 0.0, 800)
-        for answer in answers if rubric else []:
-            prompt = pop.judge_prompt(group.task, rubric.criteria, answer)
-            verdict = read(dict[str, dict], prompt, 0.0, 100 * len(rubric.criteria) + 50)
-            if verdict:
-                ratings = [verdict.get(c.name, {}).get("rating") for c in rubric.criteria]
-                ratings = [rating if rating in (1, 2) else 0 for rating in ratings]    # a skipped criterion counts 0
-                scores.append(float(np.dot(ratings, [c.weight for c in rubric.criteria])))
-        return scores
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(16) as pool:
-        scores = list(pool.map(example, documents))
-    return time.perf_counter() - start, scores
-
-
-def test_rollouts_against_the_official_schedule(needs_vllm, tmp_path):
-    # rollouts cost more than the published schedule; POP_FLAGS="--model FOLDER --domain health --corpus FILE"
-    flags = ["--preset=tiny", "--docs_per_step=16", "--max_new_tokens=150", "--max_model_len=4096", "--num_steps=10",
-             *os.environ.get("POP_FLAGS", "").split()]
-    cfg = pop.parse_args(flags)
-    corpus, model = pop.load_corpus(cfg), pop.find_model(cfg.model)
-    url, server = start_server(tmp_path / "out.txt", model, "m", "--max-model-len", 4096, "--generation-config", "vllm")
-    try:
-        for step in range(2):    # in turn, on the same documents: the machine's speed drifts
-            an_hour = {}
-            documents = pop.corpus_batch(corpus, step, cfg)
-            for name in ("official", "pointwise", "expected"):
-                if name == "official":
-                    seconds, scores = official_schedule(url, documents, cfg)
-                else:
-                    seconds, scores = found_by("-c", ROLLOUTS, step, *flags, "--scoring", name)
-                spread = [group for group in scores if group and max(group) - min(group) > 1e-6]
-                counts = len(documents), sum(map(len, scores)), sum(map(len, spread))
-                an_hour[name] = [round(3600 * count / seconds) for count in counts]
-                print(f"\nstep {step}, {name}: {seconds:.0f} s; documents, judged answers, and those in groups with a "
-                      f"spread, an hour: {an_hour[name]}", flush=True)
-            assert an_hour["expected"][1] > an_hour["official"][1]
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_learning_table(tmp_path, capsys):
