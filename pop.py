@@ -349,8 +349,7 @@ def rubric_prompt(group: Group, candidates: str, cfg: Config) -> Messages:
 def solver_prompt(task: str, cfg: Config) -> Messages:
     """The task as a user would ask it; tagged: the paper's form."""
     if cfg.answer_form == "plain":
-        # A word is about 1.3 tokens, so half as many words as tokens leave room to finish. With
-        # this one sentence, after the task, a 0.5B model ends 79% of its answers by itself.
+        # A word is about 1.3 tokens, so half as many words as tokens leave room to finish.
         text = f"{task}\n\nAnswer in at most {cfg.max_new_tokens // 2} words."
     else:
         text = (f"{task}\n\nThink step by step about what a good answer needs. Then give your "
@@ -365,8 +364,8 @@ def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
     return chat(instruction, JUDGED, DOMAINS["general"], texts)
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
-    # A 0.5B judge rated a task's own reference above another's in 27 of 30 cases with this prompt,
-    # in 20 with an example added, in 15 with the task added.
+    # A 0.5B judge rated a task's own reference above another's in 23 of 25 cases with this prompt,
+    # in 21 with the task added, in 18 with two examples added.
     instruction = "Does the answer contain the information in the statement? Reply Yes or No."
     return [user_turn(instruction, dict(answer=answer, statement=gold))]
 
@@ -1088,9 +1087,7 @@ def pick_candidates(group: Group, cfg: Config) -> str:
     return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
-    """Rubric writer: fills in missing rubrics of kept groups, or drop_reason. Greedy, as in the
-    paper: on 12 documents a 0.5B model kept closer to them than at temperature 0.5.
-    """
+    """Rubric writer: fills in missing rubrics of kept groups, or drop_reason. Greedy (paper)."""
     groups = [group for group in kept(groups) if not group.rubric]
     requests = []
     for group in groups:
@@ -1208,7 +1205,7 @@ def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]
                 judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
                 schema=verdict_type(rubric).json_schema(), failures=noted,
                 parse=partial(parse_verdict, rubric=rubric))])
-        else:    # one question on each gold, then on each decoy
+        elif cfg.scoring == "expected":    # one question on each gold, then on each decoy
             golds = [criterion.gold for criterion in rubric] + decoys[task]
             requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
                                      parse=parse_yes_no, failures=noted) for gold in golds])
@@ -1227,8 +1224,7 @@ def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of each answer. A plain one that is cut off gets its group's lowest
-    score: scored 0, a 0.5B model learned to say little; unscored, to run on (assets/learning.md). A
-    tagged one is left out (paper), as is an answer without a readable verdict.
+    score (why: assets/learning.md). A tagged one is left out (paper), as is one without a verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
@@ -1417,8 +1413,12 @@ def main(cfg: Config) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # ---- start: what can fail fails here ----
     cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
-    cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
-    check_run(cfg)
+    try:
+        cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
+        check_run(cfg)
+        corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
+    except OSError as error:    # model or corpus is neither a file or folder here nor on the hub
+        fail(f"not found: {str(error).splitlines()[0]}")
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
@@ -1430,7 +1430,6 @@ def main(cfg: Config) -> None:
     optimizer = make_optimizer(model, cfg)
     engine.load_weights(model, "base")    # and compare engine and trainer
     judge = judge or engine
-    corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
     run_dir = Path(cfg.run_dir)
     newest = gather(max(run_dir.glob("checkpoints/step_*[0-9]"), default=None))[0]    # no .part
     first_step = load_checkpoint(newest, model, optimizer) if newest else 0

@@ -1575,6 +1575,10 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
     copied(tiny_policy, tmp_path / "own", model_type="mine", auto_map=dict(AutoConfig="c.C"))
     with pytest.raises(ValueError, match="trust_remote_code"):    # no question is asked
         pop.main(make_cfg(model=tmp_path / "own"))
+    # a name with a typing error costs minutes and ends in a traceback
+    for flags in (dict(model=tmp_path / "none"), dict(corpus=tmp_path / "none.jsonl")):
+        line = fails(capsys, pop.main, make_cfg(**flags))
+        assert "not found: " in line and str(tmp_path / "none") in line
     # texts vanish from the prompts
     template = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}"
     folder = copied(tiny_policy, tmp_path / "parts", template=template + "{% endfor %}{% endfor %}")
