@@ -1418,7 +1418,7 @@ def main(cfg: Config) -> None:
         check_run(cfg)
         corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
     except OSError as error:    # model or corpus is neither a file or folder here nor on the hub
-        fail(f"not found: {str(error).splitlines()[0]}")
+        fail("not found: " + str(error).split("\n")[0])
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
