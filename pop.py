@@ -1224,7 +1224,8 @@ def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of each answer. A plain one that is cut off gets its group's lowest
-    score (why: assets/learning.md). A tagged one is left out (paper), as is one without a verdict.
+    score: scored 0, a 0.5B model learned to say little; unscored, to run on (assets/learning.md). A
+    tagged one is left out (paper), as is an answer without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
@@ -1417,8 +1418,8 @@ def main(cfg: Config) -> None:
         cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
         check_run(cfg)
         corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
-    except OSError as error:    # model or corpus is neither a file or folder here nor on the hub
-        fail("not found: " + str(error).split("\n")[0])
+    except OSError as error:    # not a file or folder, and not on the hub
+        fail("cannot load model or corpus: " + str(error).split("\n")[0])
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]

@@ -1040,6 +1040,9 @@ def test_expected_scores(make_cfg):
     unfinished = Group("d", task="0", rubric=RUBRIC, completions=answers_of(None, None))
     pop.score_answers(engine, [unfinished], cfg)
     assert [c.score for c in unfinished.completions] == [0, 0]
+    # a fork's own rule, unknown to rate, would count as this one
+    with pytest.raises(ValueError, match="shorter"):
+        pop.score_answers(engine, [group], dataclasses.replace(cfg, scoring="mine"))
 
 @pytest.mark.parametrize("scoring", ["pointwise", "expected"])
 def test_verdicts(make_cfg, capsys, scoring):
@@ -1578,7 +1581,7 @@ def test_models_that_cannot_work(make_cfg, tiny_policy, tmp_path, vllm, capsys):
     # a name with a typing error costs minutes and ends in a traceback
     for flags in (dict(model=tmp_path / "none"), dict(corpus=tmp_path / "none.jsonl")):
         line = fails(capsys, pop.main, make_cfg(**flags))
-        assert "not found: " in line and str(tmp_path / "none") in line
+        assert "cannot load model or corpus: " in line and str(tmp_path / "none") in line
     # texts vanish from the prompts
     template = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}"
     folder = copied(tiny_policy, tmp_path / "parts", template=template + "{% endfor %}{% endfor %}")
