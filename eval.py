@@ -566,9 +566,11 @@ def judge_answers(cfg: EvalConfig, units: list[tuple], reply: type[Reply] | None
     failures = []
     with Model(cfg, cfg.judge) as judge:
         if reply is None:
-            answered = [(item.group, answer) for item, answer in units if answer]
-            asked = [(group.task, group.rubric, answer) for group, answer in answered]
-            rated = iter(pop.rate(judge, asked, pop_settings(cfg), [failures] * len(asked)))
+            asked = []
+            for item, answer in units:
+                if answer:
+                    asked.append((replace(item.group, failures=failures), answer))
+            rated = iter(pop.rate(judge, asked, pop_settings(cfg)))
             verdicts = []
             for item, answer in units:    # an unfinished answer says nothing
                 verdicts.append(next(rated) if answer else [0.0] * len(item.group.rubric))
@@ -866,9 +868,9 @@ def check_settings(cfg: EvalConfig, command: str) -> None:
             path = model if adapter(model) else settings.model
             setattr(cfg, name, os.path.abspath(path) if Path(path).is_dir() else path)
     if at_url:    # it must be able to rate the worked example, or pop.ask ends the program
-        example = pop.DOMAINS["general"]
-        answers = [(example["task"], example["rubric"], example["answer"])]
-        pop.rate(pop.Endpoint(cfg.judge, cfg.judge_model), answers, pop_settings(cfg), [[]])
+        example, judge = pop.DOMAINS["general"], pop.Endpoint(cfg.judge, cfg.judge_model)
+        group = pop.Group("", task=example["task"], rubric=example["rubric"])
+        pop.rate(judge, [(group, example["answer"])], pop_settings(cfg))
     else:
         cfg.judge_model = "lm-eval" if cfg.benchmark == "ifeval" else short_name(cfg.judge)
 

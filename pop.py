@@ -36,7 +36,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -84,7 +84,7 @@ CPU_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_W
 
 def fail(message: str) -> NoReturn:
     """End the program with one line: what is wrong, and what to do."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+    sys.exit("error: " + " ".join(message.split()))
 
 def gather(value: Any) -> list:
     """[rank 0's value, rank 1's, ..] on every rank; gather(None) only waits for all of them."""
@@ -128,7 +128,7 @@ class Config:
     dpo_beta: float = 0.01    # pull to the base model, with --loss dpo (paper)
     lora_rank: int = 32    # of adapters on all linear layers; 0: full weights (paper)
     learning_rate: float | None = None    # default: 1e-4 for LoRA, 1e-6 for full (paper)
-    warmup_steps: int | None = None    # default: 5, with cosine a tenth of the run (paper)
+    warmup_steps: int = 5    # steps in which the learning rate grows (paper: a tenth of the run)
     lr_schedule: Literal["constant", "cosine"] = "constant"    # cosine falls to 0 (paper)
     micro_batch_tokens: int = 4096    # tokens, padding included, in a forward pass
     offload_optimizer: bool = False    # fp32 weights and AdamW moments live in host memory
@@ -148,9 +148,9 @@ PRESETS: dict = {
         num_steps=3, docs_per_step=3, num_generations=4, max_new_tokens=96, max_doc_words=150,
         temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
         warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048),
-    "paper": dict(loss="dpo", lora_rank=0, num_steps=256, num_generations=32, max_new_tokens=6144,
-                  answer_form="tagged", rubric_candidates=10, lr_schedule="cosine",
-                  max_model_len=32768, micro_batch_tokens=2048),
+    "paper": dict(loss="dpo", lora_rank=0, num_steps=256, warmup_steps=25, num_generations=32,
+                  max_new_tokens=6144, answer_form="tagged", rubric_candidates=10,
+                  lr_schedule="cosine", max_model_len=32768, micro_batch_tokens=2048),
 }
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
@@ -162,7 +162,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
     if chosen.preset == "paper" and chosen.domain == "writing":
-        parser.set_defaults(num_steps=512, rubric_candidates=4)    # (paper)
+        parser.set_defaults(num_steps=512, warmup_steps=51, rubric_candidates=4)    # (paper)
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.eval_docs = cfg.eval_docs if cfg.eval_every else 0
     if cfg.num_generations < 2 or (cfg.eval_every and cfg.eval_docs < 2) or cfg.temperature <= 0:
@@ -173,8 +173,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         fail("--judge_url and --judge_model: one needs the other")
     if cfg.learning_rate is None:
         cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
-    if cfg.warmup_steps is None:
-        cfg.warmup_steps = cfg.num_steps // 10 if cfg.lr_schedule == "cosine" else 5
     if cfg.dtype == "auto" and CUDA:    # without a GPU check_run refuses it
         cfg.dtype = "bfloat16"
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
@@ -307,13 +305,12 @@ JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both the
 Messages = list[dict[str, str]]
 # A text must not close its fence or end its turn, by our tags or by special tokens. These are of
 # common judges at a URL (\uff5c is DeepSeek's bar); Engine.encode has those of our tokenizer.
-OUR_TAGS = r"<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b)"
-SPECIAL = r"<(?=[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])"
+FORGED = (r"(?i)<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b"
+          r"|[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])")
 
 def fence(tag: str, text: str) -> str:
     """Text between <tag> and </tag>; a bracket of our tags or of special tokens becomes "("."""
-    text = re.sub(f"{OUR_TAGS}|{SPECIAL}", "(", text, flags=re.IGNORECASE)
-    return f"<{tag}>\n{text.strip()}\n</{tag}>"
+    return f"<{tag}>\n{re.sub(FORGED, '(', text).strip()}\n</{tag}>"
 
 def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
     """Each text in its fence, then the instruction: small models follow what they read last."""
@@ -356,11 +353,11 @@ def solver_prompt(task: str, cfg: Config) -> Messages:
                 "final answer once, between <answer> and </answer>.")
     return [dict(role="user", content=text)]
 
-def judge_prompt(task: str, rubric: list[Criterion], answer: str) -> Messages:
+def judge_prompt(group: Group, answer: str) -> Messages:
     instruction = ("Grade the answer by the rubric, strictly. For every criterion, compare the "
                    "answer with the gold in a short thought, then rate: 2 if it fully agrees with "
                    "the gold, 1 if partly, 0 if the point is missing or wrong.")
-    texts = dict(task=task, rubric=rubric_json(rubric), answer=answer)
+    texts = dict(task=group.task, rubric=rubric_json(group.rubric), answer=answer)
     return chat(instruction, JUDGED, DOMAINS["general"], texts)
 
 def yes_no_prompt(answer: str, gold: str) -> Messages:
@@ -406,7 +403,7 @@ def read_rows(path: Path) -> Iterator[dict]:
                     if not line.isspace():
                         yield dict(json.loads(line))    # an error, too, where it is no object
         except (ValueError, TypeError, RecursionError, OSError) as error:
-            fail(f"corpus {file}, line {number or '?'}: {' '.join(str(error).split())}")
+            fail(f"corpus {file}, line {number or '?'}: {error}")
 
 def load_corpus(cfg: Config) -> list[str]:
     """Distinct documents in a shuffled order, as many as the run can use; the first --eval_docs are
@@ -419,7 +416,7 @@ def load_corpus(cfg: Config) -> list[str]:
         rows = load_dataset(name, revision=revision, split="train", streaming=True)
     rows = iter(rows.shuffle(seed=cfg.seed, buffer_size=10_000))
     first = list(islice(rows, 1000))    # shuffled, so no bad stretch decides the column
-    columns = {key for row in first for key, value in row.items() if isinstance(value, str)}
+    columns = set(chain(*first))
     column = next((key for key in TEXT_COLUMNS if key in columns), None)
     if column is None:
         fail(f"corpus {name}: has texts in columns {columns or None}, needs one of {TEXT_COLUMNS}")
@@ -708,18 +705,18 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
     """A micro-batch (B, T), padded right. Masks come from lengths: EOS may be the pad token."""
-    input_ids, attention_mask, target_mask, engine_logprobs = [], [], [], []
+    columns = defaultdict(list)
     for c in completions:
-        zeros, ones = [0] * len(c.prompt_ids), [1] * len(c.token_ids)
-        input_ids.append(torch.tensor(c.prompt_ids + c.token_ids))
-        attention_mask.append(torch.tensor([1] * len(zeros + ones)))    # prompt and answer
-        target_mask.append(torch.tensor(zeros + ones))                  # answer
-        engine_logprobs.append(torch.tensor(zeros + c.engine_logprobs))
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)    # to (B, T)
-    return SimpleNamespace(
-        input_ids=pad(input_ids).to(device), attention_mask=pad(attention_mask).to(device),
-        target_mask=pad(target_mask).to(device), engine_logprobs=pad(engine_logprobs).to(device),
-        advantages=torch.tensor([c.advantage for c in completions], device=device))    # (B,)
+        prompt, answer = [0] * len(c.prompt_ids), [1] * len(c.token_ids)
+        columns["input_ids"].append(c.prompt_ids + c.token_ids)
+        columns["attention_mask"].append([1] * len(prompt + answer))
+        columns["target_mask"].append(prompt + answer)
+        columns["engine_logprobs"].append(prompt + c.engine_logprobs)
+    batch = dict(advantages=torch.tensor([c.advantage for c in completions], device=device))
+    for name, rows in columns.items():
+        tensors = map(torch.tensor, rows)
+        batch[name] = nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+    return SimpleNamespace(**batch)
 
 def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch; num_units: answers or DPO pairs of the whole step."""
@@ -815,9 +812,10 @@ def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up, then constant, or half a cosine wave down to 0 at --num_steps."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
     progress = (step - cfg.warmup_steps) / (cfg.num_steps - cfg.warmup_steps)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return cfg.learning_rate * (cosine if cfg.lr_schedule == "cosine" else 1.0)
+    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 # ---- 11. engine ----
 # For models without a chat template. EOS after assistant turns teaches where to stop. The last
@@ -1109,7 +1107,7 @@ def read_tasks(folder: Path) -> list[Group]:
             try:
                 groups.append(GROUP.validate_json(line))
             except ValidationError as error:
-                fail(f"{path} line {number}: {' '.join(str(error).split())}")
+                fail(f"{path} line {number}: {error}")
             if not groups[-1].task and not groups[-1].drop_reason:
                 fail(f"{path} line {number}: has no task")
     return groups
@@ -1184,31 +1182,32 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
 
-def decoys_of_tasks(answers: list[tuple]) -> dict[str, list[str]]:
+def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict[str, list[str]]:
     """task -> two golds of other tasks, else of examples: a Yes to these, too, is worth nothing."""
-    first_golds = {task: rubric[0].gold for task, rubric, _ in answers}
+    first_golds = {group.task: group.rubric[0].gold for group, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
     golds, decoys = list(first_golds.values()), {}
     for place, task in enumerate(first_golds):
         decoys[task] = (golds[place + 1:] + golds[:place] + examples)[:2]
     return decoys
 
-def rate(judge: Any, answers: list[tuple], cfg: Config, failures: list[list[str]]) -> list:
-    """A judge's ratings (K,) of each (task, rubric, text), or None. text: an answer, a reference or
-    any other. failures: a list for each of them, to which is added why there is none.
+def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
+    """A judge's ratings (K,) of each (group, text) by the group's task and rubric; or None, and
+    group.failures has why. text: an answer, a reference or any other.
     pointwise: 0, 1 or 2. expected: 2 (P(Yes) to the gold - mean P(Yes) to two decoys).
     """
     decoys, requests = decoys_of_tasks(answers), []
-    for (task, rubric, text), noted in zip(answers, failures, strict=True):
+    for group, text in answers:
         if cfg.scoring == "pointwise":    # one reply, with a thought and a rating on each criterion
             requests.append([Request(
-                judge_prompt(task, rubric, text), max_tokens=100 * len(rubric) + 50,
-                schema=verdict_type(rubric).json_schema(), failures=noted,
-                parse=partial(parse_verdict, rubric=rubric))])
+                judge_prompt(group, text), max_tokens=100 * len(group.rubric) + 50,
+                schema=verdict_type(group.rubric).json_schema(), failures=group.failures,
+                parse=partial(parse_verdict, rubric=group.rubric))])
         elif cfg.scoring == "expected":    # one question on each gold, then on each decoy
-            golds = [criterion.gold for criterion in rubric] + decoys[task]
+            golds = [criterion.gold for criterion in group.rubric] + decoys[group.task]
             requests.append([Request(yes_no_prompt(text, gold), max_tokens=1, yes_no=True,
-                                     parse=parse_yes_no, failures=noted) for gold in golds])
+                                     parse=parse_yes_no, failures=group.failures)
+                             for gold in golds])
     ask(judge, "judge", list(chain(*requests)))
     ratings = []
     for asked in requests:
@@ -1228,8 +1227,8 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     tagged one is left out (paper), as is an answer without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
-    answers = [(group.task, group.rubric, completion.answer) for group, completion in places]
-    found = rate(judge, answers, cfg, [group.failures for group, _ in places])
+    answers = [(group, completion.answer) for group, completion in places]
+    found = rate(judge, answers, cfg)
     for (group, completion), ratings in zip(places, found, strict=True):
         weights = [criterion.weight for criterion in group.rubric]
         completion.ratings = ratings
@@ -1341,8 +1340,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     return int(folder.name[-6:])
 
 # ---- 14. main ----
-# Settings that a resumed run may change (the default of warmup_steps follows num_steps).
-RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "warmup_steps", "save_every", "judge_url",
+# Settings that a resumed run may change.
+RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "save_every", "judge_url",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization"}
 # Config fields of quantized weights, of experts (vLLM names them otherwise), of scaled logits.
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
@@ -1419,11 +1418,12 @@ def main(cfg: Config) -> None:
         check_run(cfg)
         corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
     except OSError as error:    # not a file or folder, and not on the hub
-        fail("cannot load model or corpus: " + str(error).split("\n")[0])
+        fail(f"cannot load model or corpus: {error}")
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
-        rate(judge, [(example["task"], example["rubric"], example["answer"])], cfg, [[]])
+        group = Group("", task=example["task"], rubric=example["rubric"])
+        rate(judge, [(group, example["answer"])], cfg)
     engine = Engine(cfg)
     engine.sleep()    # vLLM measures free memory when it starts, so it comes first, then makes room
     with engine.vllm_context():
