@@ -46,7 +46,7 @@ from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
 from inspect import getsource
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -265,6 +265,9 @@ GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # JSON
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
 
+def scored(completions: list[Completion]) -> list[Completion]:
+    return [c for c in completions if c.score is not None]
+
 # ---- 4. prompts ----
 def entry(name: str, gold: str, description: str, weight: int) -> Criterion:    # by position
     return Criterion(name=name, gold=gold, description=description, weight=weight)
@@ -402,7 +405,7 @@ def read_rows(path: Path) -> Iterator[dict]:
                 for number, line in enumerate(open(file, encoding="utf-8-sig"), start=1):
                     if not line.isspace():
                         yield dict(json.loads(line))    # an error, too, where it is no object
-        except (ValueError, TypeError, RecursionError, OSError) as error:
+        except Exception as error:
             fail(f"corpus {file}, line {number or '?'}: {error}")
 
 def load_corpus(cfg: Config) -> list[str]:
@@ -419,7 +422,7 @@ def load_corpus(cfg: Config) -> list[str]:
     columns = set(chain(*first))
     column = next((key for key in TEXT_COLUMNS if key in columns), None)
     if column is None:
-        fail(f"corpus {name}: has texts in columns {columns or None}, needs one of {TEXT_COLUMNS}")
+        fail(f"corpus {name}: has columns {sorted(columns)}, needs one of {TEXT_COLUMNS}")
     wanted = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step
     documents: dict = {}    # a dict keeps the order and drops exact duplicates
     for count, row in enumerate(chain(first, rows), start=1):
@@ -441,7 +444,7 @@ def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
         return list(corpus[:cfg.eval_docs])
     training = corpus[cfg.eval_docs:]
     first = step * cfg.docs_per_step
-    return [training[i % len(training)] for i in range(first, first + cfg.docs_per_step)]
+    return list(islice(cycle(training), first, first + cfg.docs_per_step))
 
 # ---- 6. reading replies ----
 # JSON reads \frac's \f as a form feed: \b, \f, \r are doubled (not \r\n), \t and \n in LaTeX only.
@@ -553,7 +556,7 @@ def set_advantages(group: Group, cfg: Config) -> None:
     scores = torch.tensor([math.nan if c.score is None else c.score for c in group.completions])
     advantages = group_advantages(scores, cfg.advantage)
     if not advantages.any():
-        group.drop_reason = "unscored" if (~scores.isnan()).sum() < 2 else "zero_spread"
+        group.drop_reason = "unscored" if len(scored(group.completions)) < 2 else "zero_spread"
     for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
 
@@ -564,10 +567,10 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
     set_advantages(group, cfg)
     if group.drop_reason:
         return []
-    scored = [c for c in group.completions if c.score is not None]
+    answers = scored(group.completions)
     if cfg.loss == "pg":
-        return [[c] for c in scored]
-    best, worst = max(scored, key=lambda c: c.score), min(scored, key=lambda c: c.score)
+        return [[c] for c in answers]
+    best, worst = max(answers, key=lambda c: c.score), min(answers, key=lambda c: c.score)
     if abs(len(words(best.text)) - len(words(worst.text))) > 100:
         group.drop_reason = "length_gap"
         return []
@@ -582,18 +585,17 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 #   optimizer.waiting   DPO pairs that wait for an update; a checkpoint carries them
 LORA_SCALE = 2.0    # alpha / r
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """y = W x + b + scale B A x; only A (r, in) and B (out, r) are trained (arXiv 2106.09685).
     B starts at 0, so the first policy is the base model. The layer takes over the parameters of the
     one it replaces: the state dict keeps its Hugging Face names.
     """
     def __init__(self, linear: nn.Linear, rank: int) -> None:
-        nn.Module.__init__(self)    # not nn.Linear's, which would make a weight of its own
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         options = dict(device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft does
 
     def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out)
@@ -657,7 +659,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     mask = target_mask[:, 1:].bool()    # token t is predicted from the hidden state at t - 1
     hidden = outputs.last_hidden_state[:, :-1][mask]    # (N, H)
     targets = input_ids[:, 1:][mask]                    # (N,)
-    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
+    def chunk_logprobs(hidden, targets):
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
     parts = []    # --lora_rank 0: autograd sums a bf16 head's gradient over chunks, 1 to 2% off
@@ -1057,7 +1059,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
     """Proposer: fills in task and reference, or drop_reason. seen: the tasks so far; new ones are
     added, and one that is much like another is refused.
     """
-    def parse(text: str) -> tuple[str, str]:
+    def parse(text):
         task, reference = parse_task(text, seen)
         seen.append(task)
         return task, reference
@@ -1234,7 +1236,7 @@ def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
         completion.ratings = ratings
         completion.score = rubric_score(ratings, weights) if ratings else None
     for group in kept(groups):
-        scores = [c.score for c in group.completions if c.answer and c.score is not None]
+        scores = [c.score for c in scored(group.completions) if c.answer]
         for completion in group.completions:
             if not completion.answer and cfg.answer_form == "plain":
                 completion.score = min(scores, default=0.0)
@@ -1256,20 +1258,21 @@ def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
         metrics.update(f"parse_fail/{failure}" for failure in group.failures)
         if group.drop_reason:
             metrics[f"drop/{group.drop_reason}"] += 1
-    answers = [c for group in groups for c in group.completions]
-    scored = [c for c in answers if c.score is not None]
-    if scored:
-        metrics["reward_mean"] = fmean(c.score for c in scored)
-        metrics["answer_tokens"] = fmean(len(c.token_ids) for c in scored)
+    answers = list(chain(*[group.completions for group in groups]))
+    if scored(answers):
+        metrics["reward_mean"] = fmean(c.score for c in scored(answers))
+        metrics["answer_tokens"] = fmean(len(c.token_ids) for c in scored(answers))
         metrics["finished"] = fmean(c.answer != "" for c in answers)
         metrics["tokens_per_second"] = sum(len(c.token_ids) for c in answers) / seconds
     return dict(metrics)
 
 def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
-    answers = [c for group in groups for c in group.completions]
-    scores = [[c.score for c in group.completions if c.score is not None] for group in kept(groups)]
-    rewards = [fmean(row) for row in scores if row]
+    answers = list(chain(*[group.completions for group in groups]))
+    rewards = []
+    for group in kept(groups):
+        if scored(group.completions):
+            rewards.append(fmean(c.score for c in scored(group.completions)))
     if len(rewards) < 2:
         return {}
     return dict(eval_reward=fmean(rewards), eval_reward_se=stdev(rewards) / len(rewards) ** 0.5,
@@ -1389,7 +1392,7 @@ def start_run(cfg: Config, first_step: int) -> None:
     log = run_dir / "metrics.jsonl"
     log.touch()
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:first_step]))
-    print(f"results are in {run_dir}", flush=True)
+    print(f"step {first_step}: results are in {run_dir}", flush=True)
 
 def measure(engine: Engine, judge: Any, model: nn.Module, held_out: list[Group], cfg: Config,
             metrics: dict) -> list[Group]:
@@ -1407,8 +1410,7 @@ def main(cfg: Config) -> None:
     if (RANK or WORLD > 1) and "LOCAL_RANK" not in os.environ:
         fail("RANK or WORLD_SIZE is set, but not by torchrun: start with it, or unset them")
     if WORLD > 1:
-        backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))    # a save may take long
+        dist.init_process_group(timeout=timedelta(hours=12))    # a save may take long
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # ---- start: what can fail fails here ----
@@ -1446,6 +1448,7 @@ def main(cfg: Config) -> None:
 
     for step in range(first_step, cfg.num_steps):
         metrics, start = dict(step=step), time.perf_counter()
+        last = step + 1 == cfg.num_steps
         # ---- measure ----
         due = cfg.eval_every and step % cfg.eval_every == 0
         measured = measure(engine, judge, model, held_out, cfg, metrics) if due else []
@@ -1463,7 +1466,6 @@ def main(cfg: Config) -> None:
         units = list(chain(*[training_units(group, cfg) for group in kept(groups)]))
         if cfg.loss == "dpo":    # wait for --docs_per_step pairs (paper); the last step takes all
             pairs = optimizer.waiting + units
-            last = step + 1 == cfg.num_steps
             ready = len(pairs) if last else len(pairs) - len(pairs) % cfg.docs_per_step
             units, optimizer.waiting = pairs[:ready], pairs[ready:]
         # ---- update: one AdamW step on all answers, or on --docs_per_step DPO pairs ----
@@ -1485,7 +1487,7 @@ def main(cfg: Config) -> None:
             free, total = torch.cuda.mem_get_info()    # PyTorch still holds what the update used
             metrics["peak_memory_gb"] = (total - free) / 2**30
         log_step(run_dir, metrics, groups + measured, cfg)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:    # after the log
+        if (step + 1) % cfg.save_every == 0 or last:    # after the log
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
         metrics = dict(step=max(first_step, cfg.num_steps))    # if resumed with fewer: first_step
