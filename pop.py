@@ -1385,7 +1385,7 @@ def start_run(cfg: Config, first_step: int) -> None:
     log = run_dir / "metrics.jsonl"
     log.touch()
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:first_step]))
-    print(f"step {first_step}: results are in {run_dir}", flush=True)
+    print(f"from step {first_step}: results are in {run_dir}", flush=True)
 
 def measure(engine: Engine, judge: Any, model: nn.Module, held_out: list[Group], cfg: Config,
             metrics: dict) -> list[Group]:

@@ -533,7 +533,7 @@ def role_prompts(cfg, **texts):
     return dict(proposer=pop.proposer_prompt(texts["document"], cfg),
                 solver=pop.solver_prompt(texts["task"], cfg),
                 rubric=pop.rubric_prompt(group, texts["candidates"], cfg),
-                judge=pop.judge_prompt(Group("d", task=texts["task"], rubric=rubric), texts["answer"]),
+                judge=pop.judge_prompt(dataclasses.replace(group, rubric=rubric), texts["answer"]),
                 expected=pop.yes_no_prompt(texts["answer"], texts["gold"]))
 
 def test_no_text_leaves_its_place(make_cfg):
