@@ -267,7 +267,6 @@ GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # JSON
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
-
 def scored(completions: list[Completion]) -> list[Completion]:
     return [c for c in completions if c.score is not None]
 
@@ -318,14 +317,14 @@ def fence(tag: str, text: str) -> str:
     """Text between <tag> and </tag>; a bracket of our tags or of special tokens becomes "("."""
     return f"<{tag}>\n{re.sub(FORGED, '(', text).strip()}\n</{tag}>"
 
-def user_turn(instruction: str, texts: dict[str, str]) -> dict[str, str]:
+def user_turn(instruction: str, texts: dict) -> dict:
     """Each text in its fence, then the instruction: small models follow what they read last."""
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
     return Rubric.model_construct(criteria=rubric).model_dump_json()    # or over 5 criteria
 
-def chat(instruction: str, example_reply: str, domain: dict, texts: dict[str, str]) -> Messages:
+def chat(instruction: str, example_reply: str, domain: dict, texts: dict) -> Messages:
     """A worked example under the same tags, then the real turn. Some templates have no system."""
     example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=domain["answer"])
     shown = {tag: example[tag] for tag, text in texts.items() if text}
@@ -441,7 +440,7 @@ def load_corpus(cfg: Config) -> list[str]:
         fail(f"corpus {name}: has no document of {cfg.min_doc_words} words that is not held out")
     return list(documents)
 
-def corpus_batch(corpus: Sequence[str], step: int, cfg: Config) -> list[str]:
+def corpus_batch(corpus: list, step: int, cfg: Config) -> list[str]:
     """The documents of one step; for HELD_OUT those that no step trains on."""
     if step == HELD_OUT:
         return list(corpus[:cfg.eval_docs])
@@ -478,7 +477,7 @@ def overlap(text: str, other: str, n: int = 4) -> float:
     own = ngrams(text, n)
     return len(own & ngrams(other, n)) / len(own)
 
-def is_copy(text: str, others: Iterable[str]) -> bool:
+def is_copy(text: str, others: Iterable) -> bool:
     """Over 60% of its 4-grams are found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
@@ -486,13 +485,13 @@ def is_copy(text: str, others: Iterable[str]) -> bool:
 UNSEEN = (r"(?i)\b(this|the|(the\s+)?(given|above|following|provided))\s+"
           r"(document|text|passage|article|excerpt)s?\b")
 
-def check_text(text: str, examples: Iterable[str]) -> None:
+def check_text(text: str, examples: Iterable) -> None:
     if re.search(UNSEEN, text):
         raise ParseError("needs_document")
     if is_copy(text, examples):    # small models do that
         raise ParseError("copied_example")
 
-def parse_task(text: str, seen: Iterable[str] = ()) -> tuple[str, str]:
+def parse_task(text: str, seen: Iterable = ()) -> tuple[str, str]:
     """Proposer's reply {"task", "reference"} -> (task, reference answer).
     Raises ParseError: see parse_json and check_text; leaks_reference (over 30% of the reference's
     4-grams are in the task); duplicate (the task is much like one in seen).
@@ -628,7 +627,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
 
 @contextmanager
-def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator:
     """The model holds `state` in this block, then its own tensors again; {} changes nothing."""
     own = trained_state(model) if state else {}
     model.load_state_dict(state, strict=False)
@@ -636,7 +635,7 @@ def swapped_weights(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None
     model.load_state_dict(own, strict=False)
 
 @torch.no_grad()
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: nn.Module) -> Iterator:
     """(Hugging Face name, tensor) of all weights, with LoRA merged into them; tied ones once."""
     for name, tensor in model.state_dict().items():
         path, _, kind = name.rpartition(".")
@@ -709,6 +708,7 @@ def collate(completions: list[Completion], device: torch.device) -> SimpleNamesp
     """A micro-batch (B, T), padded right. Masks come from lengths: EOS may be the pad token."""
     def padded(rows):
         return nn.utils.rnn.pad_sequence(map(torch.tensor, rows), batch_first=True).to(device)
+    # For each completion: 0 for the tokens of the prompt, 1 for those of the answer.
     masks = [[0] * len(c.prompt_ids) + [1] * len(c.token_ids) for c in completions]
     return SimpleNamespace(
         input_ids=padded(c.prompt_ids + c.token_ids for c in completions),
@@ -914,20 +914,21 @@ class Engine:
         """`generate` on this rank; what does not fit is too_long. role is for fakes in tests."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
-        completions, fitting, params = [], [], []
+        completions, fitting, prompts, params = [], [], [], []
         for request in requests:
+            # It is too long, unless it fits.
             completion = Completion([], self.encode(request.messages), finish_reason="too_long")
-            completions.append(completion)    # too long, unless it fits
+            completions.append(completion)
             if len(completion.prompt_ids) + request.max_tokens > self.cfg.max_model_len:
                 continue
             fitting.append((request, completion))
+            prompts.append(dict(prompt_token_ids=completion.prompt_ids))
             guide = StructuredOutputsParams(json=request.schema) if request.schema else None
             params.append(SamplingParams(
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
                 stop_token_ids=self.stop_ids, stop=self.stop_strings, structured_outputs=guide,
                 logprobs=None if request.yes_no else 0,    # 0: of the sampled tokens alone
                 logprob_token_ids=self.yes_no if request.yes_no else None))
-        prompts = [dict(prompt_token_ids=completion.prompt_ids) for _, completion in fitting]
         outputs = self.llm.generate(prompts, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
         for (request, completion), output in zip(fitting, outputs, strict=True):
             reply = output.outputs[0]
@@ -1029,7 +1030,8 @@ def ask(sampler: Any, role: str, requests: list[Request]) -> None:
     sampler: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    for _ in range(3):    # an empty call costs nothing
+    # Up to three tries; a call without requests costs nothing.
+    for _ in range(3):
         for request, reply in zip(pending, sampler.generate(pending, role), strict=True):
             try:
                 if reply.finish_reason != "stop":
@@ -1039,8 +1041,8 @@ def ask(sampler: Any, role: str, requests: list[Request]) -> None:
             except ParseError as error:
                 request.failures.append(f"{role}/{error}")
                 unusable = f"{error}: {reply.text[:300]!r}"
+                # Greedy decoding would fail the same way again.
                 request.seed += 1
-                # greedy decoding would fail the same way again
                 request.temperature = max(request.temperature, 0.5)
         # No second try for Yes or No, because their log-probs depend on the temperature.
         pending = [request for request in pending if request.result is None and not request.yes_no]
@@ -1125,6 +1127,7 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg
         end = min(step + cfg.task_steps, cfg.num_steps)
         steps = [HELD_OUT] if step == HELD_OUT else range(step, end)
         new = []
+        # A folder that was edited by hand may have some of them.
         for new_step in sorted(set(steps) - known_steps):
             for row, document in enumerate(corpus_batch(corpus, new_step, cfg)):
                 new.append(Group(document, new_step, row))
@@ -1157,6 +1160,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     Tagged (paper): while at most G / 4 are finished, G more are sampled, in up to five rounds. Then
     G are kept, finished ones first.
     """
+    # Plain answers need one round, because unfinished ones have a score, too.
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
         places, requests = [], []
         for group in kept(groups):
@@ -1164,11 +1168,11 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             if finished > cfg.num_generations // 4:
                 continue    # enough of them
             for i in range(cfg.num_generations):
-                seed = request_seed(cfg, "solver", group.step, group.row, i, attempt)
                 places.append(group)
                 requests.append(Request(
                     solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens,
-                    temperature=cfg.temperature, seed=seed))
+                    temperature=cfg.temperature,
+                    seed=request_seed(cfg, "solver", group.step, group.row, i, attempt)))
         for group, reply in zip(places, engine.generate(requests, "solver"), strict=True):
             reply.answer = read_answer(reply, cfg)
             group.completions.append(reply)
@@ -1178,7 +1182,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
 
-def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict[str, list[str]]:
+def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict[str, list]:
     """task -> two golds of other tasks, else of examples: a Yes to these, too, is worth nothing."""
     first_golds = {group.task: group.rubric[0].gold for group, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
@@ -1239,12 +1243,12 @@ PRINTED = ("reward_mean finished answer_tokens groups_kept grad_norm engine_gap 
            "eval_reward_se seconds/tasks seconds/answer seconds/judge seconds/update").split()
 
 @contextmanager
-def clock(metrics: dict, phase: str) -> Iterator[None]:
+def clock(metrics: dict, phase: str) -> Iterator:
     start = time.perf_counter()
     yield
     metrics[f"seconds/{phase}"] = round(time.perf_counter() - start, 1)
 
-def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
+def rollout_metrics(groups: list[Group], seconds: float) -> dict:
     """Rewards, lengths, tokens a second of the step; how often and why something was dropped."""
     metrics = Counter(groups=len(groups), groups_kept=len(kept(groups)))
     for group in groups:
@@ -1254,12 +1258,13 @@ def rollout_metrics(groups: list[Group], seconds: float) -> dict[str, float]:
     answers = list(chain(*[group.completions for group in groups]))
     if scored(answers):
         metrics["reward_mean"] = fmean(c.score for c in scored(answers))
-        metrics["answer_tokens"] = fmean(len(c.token_ids) for c in scored(answers))
+        tokens = [len(c.token_ids) for c in answers]
+        metrics["answer_tokens"] = fmean(tokens)
+        metrics["tokens_per_second"] = sum(tokens) / seconds
         metrics["finished"] = fmean(c.answer != "" for c in answers)
-        metrics["tokens_per_second"] = sum(len(c.token_ids) for c in answers) / seconds
     return dict(metrics)
 
-def held_out_metrics(groups: list[Group]) -> dict[str, float]:
+def held_out_metrics(groups: list[Group]) -> dict:
     """eval_reward: mean over tasks of their mean score, and its standard error over tasks."""
     answers = list(chain(*[group.completions for group in groups]))
     rewards = []
@@ -1271,7 +1276,7 @@ def held_out_metrics(groups: list[Group]) -> dict[str, float]:
     return dict(eval_reward=fmean(rewards), eval_reward_se=stdev(rewards) / len(rewards) ** 0.5,
                 eval_finished=fmean(c.answer != "" for c in answers), eval_tasks=len(rewards))
 
-def update_metrics(parts: list[Metrics]) -> dict[str, float]:
+def update_metrics(parts: list[Metrics]) -> dict:
     """The losses' metrics over all micro-batches and ranks."""
     totals = {}
     for metrics in chain(*gather(parts)):
@@ -1459,7 +1464,7 @@ def main(cfg: Config) -> None:
         units = list(chain(*[training_units(group, cfg) for group in kept(groups)]))
         if cfg.loss == "dpo":    # wait for --docs_per_step pairs (paper); the last step takes all
             pairs = optimizer.waiting + units
-            ready = len(pairs) if last else len(pairs) - len(pairs) % cfg.docs_per_step
+            ready = len(pairs) - (0 if last else len(pairs) % cfg.docs_per_step)
             units, optimizer.waiting = pairs[:ready], pairs[ready:]
         # ---- update: one AdamW step on all answers, or on --docs_per_step DPO pairs ----
         optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = learning_rate(step, cfg)
