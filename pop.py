@@ -326,7 +326,8 @@ def rubric_json(rubric: list[Criterion]) -> str:
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict) -> Messages:
     """A worked example under the same tags, then the real turn. Some templates have no system."""
-    example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=domain["answer"])
+    candidate = "Candidate 1: " + domain["answer"]
+    example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=candidate)
     shown = {tag: example[tag] for tag, text in texts.items() if text}
     return [user_turn(instruction, shown), dict(role="assistant", content=example_reply),
             user_turn(instruction, texts)]
@@ -623,7 +624,6 @@ def load_policy(cfg: Config) -> nn.Module:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
 

@@ -491,11 +491,14 @@ def test_worked_examples(make_cfg, monkeypatch):
     for domain in DOMAINS:
         cfg, own = make_cfg(domain=domain, rubric_candidates=1), pop.DOMAINS[domain]
         group = Group("d", task="t", reference="r")
-        chats = [pop.proposer_prompt("d", cfg), pop.rubric_prompt(group, "c", cfg),
+        group.completions = answers_of("c")
+        candidates = pop.pick_candidates(group, cfg)
+        chats = [pop.proposer_prompt("d", cfg), pop.rubric_prompt(group, candidates, cfg),
                  pop.judge_prompt(Group("d", task="t", rubric=RUBRIC), "a")]
         for chat in chats:
             assert [message["role"] for message in chat] == ["user", "assistant", "user"]
-            shown, _, real = [re.findall(r"</?\w+>", message["content"]) for message in chat]
+            shown, _, real = [re.findall(r"</?\w+>|Candidate 1: ", message["content"])
+                              for message in chat]
             assert shown == real != []
         six = [RUBRIC[0].model_copy(update=dict(name=name)) for name in "abcdef"]    # by hand
         assert '"name":"f"' in pop.judge_prompt(Group("d", rubric=six), "a")[-1]["content"]
