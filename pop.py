@@ -1141,8 +1141,8 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg
         gather(None)    # no rank goes on before the file is there
         groups += new
     groups = [group for group in groups if group.step == step]
-    if not kept(groups):
-        fail(f"step {step}: no usable task; see drop_reason in {folder}; delete its lines to retry")
+    if len(kept(groups)) < (2 if step == HELD_OUT else 1):    # two have a standard error
+        fail(f"step {step} (-1: held out): too few usable tasks; see drop_reason in {folder}")
     return groups
 
 def read_answer(completion: Completion, cfg: Config) -> str:
@@ -1213,11 +1213,11 @@ def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
         found = [request.result for request in asked]
         if None in found:
             ratings.append(None)
-        elif cfg.scoring == "pointwise":
-            ratings.append(found[0])
-        else:
+        elif cfg.scoring == "expected":
             decoy_mean = fmean(found[-2:])
             ratings.append([rating - decoy_mean for rating in found[:-2]])
+        else:
+            ratings.append(found[0])    # one reply holds them all
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:

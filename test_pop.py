@@ -133,6 +133,8 @@ class FakeEngine(Engine):
         if "nobody can judge this" in answer:
             names, probabilities = ["nobody"], (0.05, 0.04)
         row = {name: dict(thoughts="t", rating=rating) for name in names}
+        if "grade" in names:
+            row = dict(thoughts="t", grade=5 * rating)
         reply = self.completion(json.dumps(row), "stop", request)
         if request.yes_no:
             reply.text, reply.engine_logprobs = "", [math.log(p) for p in probabilities]
@@ -1112,11 +1114,19 @@ def test_tasks_are_written_for_many_steps(make_cfg):
     assert pop.tasks_of_step(engine, None, corpus, pop.HELD_OUT, cfg) == groups[:2]
 
 def test_a_step_without_tasks(make_cfg, capsys):
-    """A run goes on to its end without a task that can be used, and trains on nothing."""
-    engine, corpus, folder = at_work(make_cfg())
-    engine.say = lambda request, role: "no JSON" if role == "proposer" else None
-    line = fails(capsys, pop.tasks_of_step, engine, None, corpus, 0, make_cfg())
-    assert "step 0: no usable task" in line and str(folder) in line
+    """A run goes on to its end without a task that can be used, and trains on nothing; or, with one
+    held-out task, for which there is no standard error, it measures nothing."""
+    cfg = make_cfg(eval_every=1, eval_docs=2, task_steps=1)
+    engine, corpus, folder = at_work(cfg)
+    unusable = corpus[0]
+    engine.say = lambda request, role: (
+        "no JSON" if role == "proposer" and unusable in whole_prompt(request) else None)
+    line = fails(capsys, pop.tasks_of_step, engine, None, corpus, pop.HELD_OUT, cfg)
+    assert "step -1 (" in line and "too few usable tasks" in line and str(folder) in line
+    pop.tasks_of_step(engine, None, corpus, 0, cfg)
+    unusable = ""
+    line = fails(capsys, pop.tasks_of_step, engine, None, corpus, 1, cfg)
+    assert "step 1 (" in line and "too few usable tasks" in line and str(folder) in line
 
 def test_edited_tasks_are_honoured(make_cfg, capsys):
     """An edit is overwritten, ignored or doubles tasks, a slip in it is a traceback, an odd text
@@ -1846,6 +1856,12 @@ def words_rated(module):
     [ratings] = module.rate_words([(Group("d", rubric=RUBRIC), "It IS red")])
     return not last_turns("judge") and ratings == [2.0, pytest.approx(4 / 3)]
 
+def one_grade(cfg):
+    found = []
+    for group in rollouts(Path(cfg.run_dir)):
+        found += [(c["ratings"], c["score"]) for c in group["completions"] if c["ratings"]]
+    return ([1.0] * 2, 0.5) in found and all(ratings == [2 * score] * 2 for ratings, score in found)
+
 def sampled_at(temperatures):
     asked = FakeEngine.last.requests("solver")
     return [request.temperature for request in asked] == pytest.approx(temperatures)
@@ -1873,6 +1889,7 @@ CHECKS = {    # title: (flags, what must be true after two steps of module m wit
     "One rating for the whole answer": (
         dict(scoring="pointwise"),
         lambda m, c: not last_turns("rubric") and "whole answer" in last_turns("judge")[0]),
+    "One grade by the whole rubric": (dict(scoring="holistic"), lambda m, c: one_grade(c)),
     "Your own scoring rule": ({}, lambda m, c: words_rated(m)),
     "Metrics to wandb": ({}, lambda m, c: [line["step"] for line in m.wandb.logged] == [0, 1]),
     "Offline policy gradient": ({}, lambda m, c: "policy" not in FakeEngine.last.calls),
@@ -2626,7 +2643,7 @@ def test_a_checkpoint_at_vllms_server(needs_vllm, make_cfg, monkeypatch, capsys,
 def test_killed_real_runs_equal_an_unbroken_one(needs_vllm, tmp_path):
     """A resumed run samples other text: warm caches, another batch, old weights, new tasks."""
     flags = (*TINY, "--num_steps", 3, "--learning_rate", "1e-3", "--save_every", 1,
-             "--task_steps", 2, "--eval_every", 2, "--eval_docs", 2, "--run_dir")
+             "--task_steps", 2, "--eval_every", 2, "--eval_docs", 3, "--run_dir")
     out, whole, run = tmp_path / "out.txt", tmp_path / "whole", tmp_path / "parts"
     run_python(*flags, whole)
     moments = ("tasks/step_000000.jsonl",      # while it answers for the first time
