@@ -925,7 +925,8 @@ def test_engine_and_trainer_take_turns(make_cfg, vllm, monkeypatch):
 
 # ---- self-play ----
 def test_replies_are_asked_for_again(make_cfg):
-    """A failed reply is asked for with the same seed, costs its neighbours, or is not counted."""
+    """A failed reply is asked for with the same seed, or greedily again, costs its neighbours, or is
+    not counted."""
     good = '{"task": "Why is %s?", "reference": "r"}'
     cut = Completion([], text=good % "b", finish_reason="length")
     said = dict(a=[good % "a"], b=["no", cut, good % "b"], c=["no"] * 3, d=[good % "a", good % "d"])
@@ -944,6 +945,9 @@ def test_replies_are_asked_for_again(make_cfg):
     assert len({request.seed for _, request in engine.asked}) == 9
     temperatures = {request.temperature for _, request in engine.asked}
     assert temperatures == {cfg.task_temperature} != {cfg.temperature}
+    engine.say = lambda request, role: "no"
+    pop.write_rubrics(engine, groups[:1], cfg)
+    assert [request.temperature for request in engine.requests("rubric")] == [0.0, 0.5, 0.5]
 
 def test_read_answer(make_cfg):
     """Reasoning is graded as the answer, or an answer that did not end gets a score."""
