@@ -925,8 +925,8 @@ def test_engine_and_trainer_take_turns(make_cfg, vllm, monkeypatch):
 
 # ---- self-play ----
 def test_replies_are_asked_for_again(make_cfg):
-    """A failed reply is asked for with the same seed, or greedily again, costs its neighbours, or is
-    not counted."""
+    """A failed reply is asked for with the same seed, or greedily again, costs its neighbours, or
+    is not counted."""
     good = '{"task": "Why is %s?", "reference": "r"}'
     cut = Completion([], text=good % "b", finish_reason="length")
     said = dict(a=[good % "a"], b=["no", cut, good % "b"], c=["no"] * 3, d=[good % "a", good % "d"])
