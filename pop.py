@@ -1142,7 +1142,7 @@ def tasks_of_step(engine: Engine, model: nn.Module, corpus: list, step: int, cfg
         groups += new
     groups = [group for group in groups if group.step == step]
     if len(kept(groups)) < (2 if step == HELD_OUT else 1):    # two have a standard error
-        fail(f"step {step} (-1: held out): too few usable tasks; see drop_reason in {folder}")
+        fail(f"step {step}: too few usable tasks (-1 is held out); see drop_reason in {folder}")
     return groups
 
 def read_answer(completion: Completion, cfg: Config) -> str:
